@@ -1,0 +1,108 @@
+"""``run_recbole``: train and test a model, continue a run, or evaluate a checkpoint."""
+
+import argparse
+import sys
+import warnings
+
+DESCRIPTION = """\
+Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
+Any setting can follow as --key=value, such as --learning_rate=0.0005 --epochs=50 --data_path=my_datasets."""
+
+EXAMPLES = """\
+examples:
+  run_recbole --model=STARRec --dataset=ml-100k
+  run_recbole --model=SASRec --dataset=ml-1m --config_files "mine.yaml more.yaml" --result_file=sasrec.json
+  run_recbole --resume saved/STARRec-Nov-21-2026_10-00-00.pth --epochs=100
+  run_recbole --checkpoint saved/STARRec-Nov-21-2026_10-00-00.pth --mode evaluate"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's own options; every other ``--key=value`` is a setting of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="run_recbole",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", "-m", default="STARRec", help="name of the model (default: STARRec)")
+    parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
+    parser.add_argument("--config_files", help="YAML files with settings, separated by spaces; later ones win")
+    parser.add_argument("--list_models", action="store_true", help="print the names of all models and exit")
+    parser.add_argument("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
+    parser.add_argument("--checkpoint", metavar="FILE", help="with --mode evaluate: the checkpoint to evaluate")
+    parser.add_argument(
+        "--mode", choices=("train", "evaluate"), default="train", help="train and test (default), or evaluate only"
+    )
+    parser.add_argument("--result_file", metavar="FILE.json", help="write results, settings and timings there")
+    processes = parser.add_argument_group("several GPUs, as in RecBole")
+    processes.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a GPU (default: 1)")
+    processes.add_argument("--ip", default="localhost", help="address of the first machine")
+    processes.add_argument("--port", default="5678", help="port of the first machine")
+    processes.add_argument("--world_size", type=int, default=-1, help="processes on all machines")
+    processes.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
+    return parser
+
+
+def parse_settings(words: list[str]) -> dict[str, str]:
+    """``--key=value`` words as a dict.
+
+    Raises:
+        UserError: for a word of another form.
+    """
+    from recbole_ssm.errors import UserError
+
+    settings = {}
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals:
+            raise UserError(f"{word!r} is not of the form --key=value; see run_recbole --help.")
+        settings[key] = value
+    return settings
+
+
+def main() -> int:
+    """Run the command on ``sys.argv``; returns its exit status."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args()
+    # RecBole and what it imports use names that torch, pandas and thop have announced to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    from recbole_ssm import quick_start
+    from recbole_ssm.config import Config
+    from recbole_ssm.errors import UserError
+    from recbole_ssm.registry import list_models
+
+    if args.list_models:
+        print("\n".join(list_models()))
+        return 0
+    try:
+        settings = parse_settings(rest)
+        files = args.config_files.split() if args.config_files else None
+        if args.mode == "evaluate" and args.checkpoint is None:
+            raise UserError("--mode evaluate needs --checkpoint FILE.")
+        if args.mode == "train" and args.checkpoint is not None:
+            raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
+        if args.nproc != 1 or args.world_size > 0:
+            if args.result_file or args.resume or args.checkpoint:
+                raise UserError("--nproc goes with training from the start and without --result_file.")
+            quick_start.run(
+                args.model, args.dataset, files, settings, True,
+                args.nproc, args.world_size, args.ip, args.port, args.group_offset,
+            )  # fmt: skip
+            return 0
+        if args.mode == "evaluate":
+            run = quick_start.evaluate(args.checkpoint, settings)
+        elif args.resume:
+            run = quick_start.train_and_test(quick_start.config_of(args.resume, settings), resume_file=args.resume)
+        else:
+            run = quick_start.train_and_test(Config(args.model, args.dataset, files, settings))
+        if args.result_file:
+            run.write(args.result_file)
+    except UserError as error:
+        print(f"run_recbole: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nrun_recbole: {interrupt or 'interrupted before training began.'}", file=sys.stderr)
+        return 130
+    return 0

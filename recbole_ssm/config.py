@@ -1,0 +1,207 @@
+"""RecBole's configuration with this package's property files, strict about the settings of our models."""
+
+import ast
+import copy
+import difflib
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import recbole.config
+import yaml
+from recbole.utils import InputType, ModelType
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.registry import MODELS, list_models
+
+TRAIN_MODES = ("sequence", "prefix")
+TIME_ORDERS = ("exact", "float32")
+
+# Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
+COMMAND_OPTIONS = frozenset(
+    "model dataset config_files nproc ip port world_size group_offset list_models checkpoint mode resume result_file"
+    " help".split()
+)
+
+# Settings that RecBole reads although none of its property files of sequential models lists them.
+UNLISTED = frozenset(
+    "model dataset encoding device local_rank offset nproc world_size ip port reg_weight single_spec config_file "
+    "tail_ratio neg_sampling training_neg_sample_num eval_neg_sample_args".split()
+)
+
+# What a checkpoint leaves out: it belongs to one process, or RecBole derives it.
+PROCESS_SETTINGS = frozenset("MODEL_TYPE local_rank offset nproc world_size ip port".split())
+
+SAMPLE_LOAD_COL = {"inter": ["user_id", "item_id"]}
+
+
+def properties_dir() -> Path:
+    """Folder of the property files: inside the package in a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: where an installation lacks them.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "properties", package.parent / "properties"):
+        if (folder / "model" / "STARRec.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no property files beside {package}: install recbole-ssm again")
+
+
+class Config(recbole.config.Config):
+    """:class:`recbole.config.Config` that also reads this package's ``properties/``.
+
+    Precedence is RecBole's: overall < model < dataset < config files < dict < command line. Of a sequential model,
+    ours or RecBole's, the dataset properties found here are used, the columns to load default to user, item and time,
+    and ``train_neg_sample_args`` defaults to what ``loss_type`` needs. For our own models a key that nothing reads is
+    refused.
+
+    Attributes:
+        given: every setting before RecBole derives others from them, plain values only; building a ``Config`` from it
+            gives the same configuration again.
+
+    Raises:
+        UserError: for an unknown model, key or value, with what to write instead.
+    """
+
+    def __init__(self, model=None, dataset=None, config_file_list=None, config_dict=None):
+        try:
+            super().__init__(model, dataset, config_file_list, copy.deepcopy(config_dict))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, OSError, yaml.YAMLError) as error:
+            message = error.args[0] if isinstance(error, KeyError) else error
+            raise UserError(f"the configuration cannot be used: {message}") from error
+
+    def compatibility_settings(self):
+        """Names that RecBole uses and NumPy 2 removed; RecBole sets these itself, from names that are gone too."""
+        aliases = {"bool": np.bool_, "int": np.int_, "float": np.float64, "complex": np.complex128}
+        aliases |= {"object": np.object_, "str": np.str_, "long": np.int_, "unicode": np.str_}
+        for name, value in aliases.items():
+            if name not in np.__dict__:
+                setattr(np, name, value)
+
+    def _convert_config_dict(self, config_dict):
+        """As RecBole's for literals, without evaluating anything else: a setting may come from a stranger's file."""
+        for key, value in config_dict.items():
+            if isinstance(value, str):
+                config_dict[key] = _literal(value)
+        return config_dict
+
+    def _load_config_files(self, file_list):
+        settings = {}
+        for file in file_list or []:
+            path = Path(file)
+            if not path.is_file():
+                raise UserError(f"config file {file} not found.")
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=self.yaml_loader)
+            if not isinstance(content, dict | None):
+                raise UserError(f"config file {file} should hold lines of key: value.")
+            settings.update(content or {})
+        return settings
+
+    def _load_cmd_line(self):
+        """``--key=value`` words of the command line; a script's other words are its own."""
+        settings = {}
+        for word in [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]:
+            key, equals, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or not equals or key in COMMAND_OPTIONS:
+                continue
+            if settings.setdefault(key, value) != value:
+                raise UserError(f"--{key} is given twice, as {settings[key]} and as {value}.")
+        return self._convert_config_dict(settings)
+
+    def _get_model_and_dataset(self, model, dataset):
+        try:
+            return super()._get_model_and_dataset(model, dataset)
+        except (ValueError, AttributeError) as error:
+            name = model or self.external_config_dict["model"]
+            raise UserError(
+                f"unknown model {name!r}{_suggestion(str(name), list_models())}; --list_models names all."
+            ) from error
+
+    def _load_internal_config_dict(self, model, model_class, dataset):
+        super()._load_internal_config_dict(model, model_class, dataset)
+        root = properties_dir()
+        files = []
+        if model in MODELS:
+            files += [root / "overall.yaml", root / "model" / f"{model}.yaml"]
+        if model_class.type == ModelType.SEQUENTIAL:
+            files += [root / "dataset" / f"{dataset}.yaml"]
+        for file in files:
+            if file.is_file():
+                self._update_internal_config_dict(file)
+        if model in MODELS:
+            self._refuse_unknown_keys()
+
+    def _refuse_unknown_keys(self):
+        known = set(self.internal_config_dict) | UNLISTED
+        known.update(*self.parameters.values())
+        for key in [key for key in self.external_config_dict if key not in known]:
+            if key in self.file_config_dict or key in self.variable_config_dict:
+                raise UserError(f"unknown setting {key!r}{_suggestion(key, sorted(known))}.")
+            # Only in sys.argv: of run_recbole this is refused by the command itself, else it is a script's own flag.
+            logging.getLogger().warning(f"--{key} is no setting of this model; it is left to the script")
+            del self.external_config_dict[key]
+
+    def _get_final_config_dict(self):
+        final = super()._get_final_config_dict()
+        if final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+            if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
+                fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
+                final["load_col"] = {"inter": [final[field] for field in fields]}
+            if final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
+                final["train_neg_sample_args"] = None
+        self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
+        self.given |= {"model": self.model, "dataset": self.dataset}
+        return final
+
+    def _set_default_parameters(self):
+        super()._set_default_parameters()
+        if self.model not in MODELS:
+            return
+        final = self.final_config_dict
+        for key, values in (
+            ("loss_type", ("CE", "BCE", "BPR")),
+            ("train_mode", TRAIN_MODES),
+            ("time_order", TIME_ORDERS),
+        ):
+            if final[key] not in values:
+                raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if final["loss_type"] == "BCE":
+            final["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
+        if final["train_mode"] == "sequence" and final.get("bidirectional"):
+            raise UserError(
+                f"{self.model} reads a sequence in both directions, so it cannot learn from every position at once: "
+                "set train_mode: prefix, or bidirectional: False."
+            )
+
+
+def _literal(text: str):
+    lowered = text.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    if text == "~":
+        return None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _plain(value):
+    """``value`` as built of Python's own types, which a checkpoint can hold safely."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    folded = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), folded, n=1)
+    return f", did you mean {folded[near[0]]!r}?" if near else ""

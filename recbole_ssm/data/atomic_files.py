@@ -1,0 +1,129 @@
+"""Atomic files read by RecBole's datasets, with a plain sentence where one cannot be read."""
+
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import recbole.data.dataset
+import torch
+from recbole.utils.enum_type import FeatureSource, FeatureType
+from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
+
+from recbole_ssm.errors import UserError
+
+HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
+
+
+class AtomicFiles:
+    """Mixin in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
+
+    def _download(self):
+        """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""
+        if self.config["local_rank"] == 0:
+            self._download_here()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def _download_here(self):
+        folder = Path(self.dataset_path)
+        remedy = (
+            f"Put {self.dataset_name}.inter into that folder, or point --data_path at the folder that holds "
+            f"{self.dataset_name}/."
+        )
+        url = self._get_download_url("url", allow_none=True)
+        if url is None:
+            raise UserError(
+                f"dataset {self.dataset_name} not found: there is no folder {folder}, and RecBole knows no download "
+                f"of that name. {remedy}"
+            )
+        self.logger.info(f"Prepare to download dataset [{self.dataset_name}] from [{url}].")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                if not decide_download(url):
+                    raise UserError(f"dataset {self.dataset_name} was not downloaded. {remedy}")
+                unpacked = Path(scratch) / self.dataset_name
+                archive = download_url(url, str(unpacked))
+                extract_zip(archive, str(unpacked))
+                os.unlink(archive)
+                rename_atomic_files(str(unpacked), Path(archive).stem, self.dataset_name)
+                os.replace(unpacked, folder)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"dataset {self.dataset_name} not found: there is no folder {folder}, and the download from {url} "
+                f"failed ({error}). {remedy}"
+            ) from error
+
+    def _load_feat(self, filepath, source):
+        _check_header(Path(filepath), self.config["field_separator"], self.config["encoding"])
+        try:
+            feat = super()._load_feat(filepath, source)
+        except ValueError as error:
+            raise UserError(f"{filepath} cannot be read: {error}") from error
+        if source == FeatureSource.INTERACTION and feat is not None:
+            self._check_interactions(Path(filepath), feat)
+        return feat
+
+    def _check_interactions(self, path: Path, feat) -> None:
+        needed = [self.uid_field, self.iid_field]
+        sequential = isinstance(self, recbole.data.dataset.SequentialDataset)
+        if sequential and self.config["benchmark_filename"] is None:
+            needed.append(self.time_field)
+        missing = [field for field in needed if field is not None and field not in feat]
+        if missing:
+            raise UserError(
+                f"{path} has no column {' and '.join(missing)} (it has {', '.join(feat.columns)}): add it to the file, "
+                "or name the right one by USER_ID_FIELD, ITEM_ID_FIELD or TIME_FIELD."
+            )
+        if feat.empty:
+            raise UserError(f"{path} has a header but no interactions.")
+
+    def _fill_nan(self):
+        """As RecBole's, which fills a copy in pandas 3: ids by 0, numbers by their mean, lists by empty ones."""
+        for feat_name in self.feat_name_list:
+            feat = getattr(self, feat_name)
+            for field in feat:
+                ftype = self.field2type[field]
+                if ftype == FeatureType.TOKEN:
+                    feat[field] = feat[field].fillna(0)
+                elif ftype == FeatureType.FLOAT:
+                    feat[field] = feat[field].fillna(feat[field].mean())
+                else:
+                    empty = np.array([], dtype=np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64)
+                    feat[field] = feat[field].apply(lambda x, empty=empty: empty if isinstance(x, float) else x)
+
+
+def _check_header(path: Path, separator: str, encoding: str | None) -> None:
+    with open(path, encoding=encoding) as file:
+        header, first_row = file.readline().rstrip("\n"), file.readline()
+    if not header:
+        raise UserError(f"{path} is empty: its first line should read like {HEADER_EXAMPLE}.")
+    types = [ftype.value for ftype in FeatureType]
+    for column in header.split(separator):
+        name, _, ftype = column.partition(":")
+        if not name or ftype not in types:
+            raise UserError(
+                f"{path} has a bad header: column {column!r} should be name:type with a type of {', '.join(types)}, "
+                f"separated by {separator!r}, such as {HEADER_EXAMPLE}."
+            )
+    if not first_row:
+        raise UserError(f"{path} has a header but no rows.")
+
+
+@lru_cache(maxsize=None)
+def hardened(dataset_class: type) -> type:
+    """``dataset_class`` of RecBole with :class:`AtomicFiles` in front."""
+    if issubclass(dataset_class, AtomicFiles):
+        return dataset_class
+    name = dataset_class.__name__
+    return type(name, (AtomicFiles, dataset_class), {"__module__": __name__, "__qualname__": name})
+
+
+def __getattr__(name: str):
+    """Lets pickle find a hardened class by its name, for RecBole's ``save_dataset``."""
+    base = getattr(recbole.data.dataset, name, None)
+    if isinstance(base, type):
+        return hardened(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""RecBole's sequential dataset as an index into the sorted interactions."""
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data.dataset import SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils.enum_type import FeatureSource
+from scipy.sparse import coo_matrix
+
+from recbole_ssm.data.atomic_files import AtomicFiles
+from recbole_ssm.errors import UserError
+
+# From here on float64, which RecBole reads, no longer holds every integer: a clock in nanoseconds, for one.
+FLOAT64_ROUNDS = 2**53
+
+
+class SequenceDataset(AtomicFiles, SequentialDataset):
+    """RecBole's rows (a prefix of a user's history and the item that followed), built when they are asked for.
+
+    RecBole copies every prefix of every user into padded tensors. Here the interactions are sorted once by user and
+    time, and a row is a pointer to its target; ``dataset[index]`` gathers the padded rows of one batch, the same as
+    RecBole's but for list fields other than the item's, which no model here reads.
+
+    Attributes:
+        sorted_items: all interactions' item ids by user and time, int64 ``[n]``.
+        user_start: where the history of each interaction's user begins in ``sorted_items``, int64 ``[n]``.
+    """
+
+    TARGET_POSITION = "target_position"  # the column of inter_feat that points into sorted_items
+
+    sorted_items: torch.Tensor
+    user_start: torch.Tensor
+
+    def _load_feat(self, filepath, source):
+        feat = super()._load_feat(filepath, source)
+        if source == FeatureSource.INTERACTION and self.time_field in feat:
+            if feat[self.time_field].abs().max() >= FLOAT64_ROUNDS:
+                column = f"{self.time_field}:float"
+                feat[self.time_field] = pd.read_csv(
+                    filepath, sep=self.config["field_separator"], usecols=[column], encoding=self.config["encoding"]
+                )[column]
+        return feat
+
+    def _remap_ID_all(self):
+        super()._remap_ID_all()
+        # Taken here, between the filters and RecBole's normalisation and float32 conversion.
+        time = self.inter_feat[self.time_field]
+        missing = int(time.isna().sum())
+        if missing:
+            raise UserError(
+                f"{missing} of {len(time)} interactions of {self.dataset_name} have no {self.time_field}: "
+                "fill it in or remove these rows, for a sequence needs an order."
+            )
+        self._exact_time = time.to_numpy() if self.config["time_order"] == "exact" else None
+        self.inter_feat[self.time_field] = time.astype(np.float64)
+
+    def data_augmentation(self):
+        """Sort the interactions by user and time (ties in file order) and make a row of each but a user's first."""
+        self._aug_presets()
+        if self._exact_time is None:
+            self.sort(by=[self.uid_field, self.time_field])
+        else:
+            self.inter_feat._reindex(np.lexsort((self._exact_time, self.inter_feat[self.uid_field].numpy())))
+        users = self.inter_feat[self.uid_field].numpy()
+        first = np.flatnonzero(np.diff(users, prepend=-1))
+        sizes = np.diff(first, append=len(users))
+        self._report_short_users(sizes)
+        user_start = np.repeat(first, sizes)
+        self.sorted_items = self.inter_feat[self.iid_field]
+        self.user_start = torch.from_numpy(user_start)
+
+        targets = np.flatnonzero(np.arange(len(users)) > user_start)
+        rows = self.inter_feat[targets]
+        length = np.minimum(targets - user_start[targets], self.max_item_list_len)
+        pointers = {self.item_list_length_field: length, self.TARGET_POSITION: targets}
+        rows.update(Interaction({field: torch.from_numpy(values) for field, values in pointers.items()}))
+        self.inter_feat = rows
+
+    def _report_short_users(self, sizes: np.ndarray) -> None:
+        single = int((sizes == 1).sum())
+        if single == len(sizes):
+            raise UserError(
+                f"every user of {self.dataset_name} has a single interaction, so there is nothing to predict from."
+            )
+        if single:
+            self.logger.warning(
+                f"{single} of {len(sizes)} users of {self.dataset_name} have a single interaction, "
+                "nothing to predict from; they are left out."
+            )
+
+    def build(self):
+        """Split by RecBole's ``eval_args``.
+
+        Raises:
+            UserError: where a part that training or its choice of the best epoch needs is left empty.
+        """
+        parts = super().build()
+        for name, part in zip(("training", "validation", "test"), parts, strict=True):
+            if not len(part) and name == "training":
+                raise UserError(
+                    f"eval_args {self.config['eval_args']['split']} leave nothing of {self.dataset_name} for training."
+                )
+            if not len(part):
+                self.logger.warning(f"The {name} set of {self.dataset_name} is empty: there will be no {name} result.")
+        return parts
+
+    def __getitem__(self, index, join=True) -> Interaction:
+        rows = super().__getitem__(index, join)
+        target, length = rows[self.TARGET_POSITION], rows[self.item_list_length_field]
+        width = torch.arange(min(self.max_item_list_len, self.longest_history))
+        # Places past a row's end would point behind its target; they read any row and are zeroed.
+        places = torch.minimum((target - length)[..., None] + width, target[..., None])
+        real = width < length[..., None]
+        rows.update(Interaction({self.item_id_list_field: self.sorted_items[places] * real}))
+        return rows
+
+    @property
+    def longest_history(self) -> int:
+        """Most interactions before a target, uncut."""
+        return int((torch.arange(len(self.user_start)) - self.user_start).max())
+
+    def inter_matrix(self, form="coo", value_field=None):
+        """See :meth:`recbole.data.dataset.SequentialDataset.inter_matrix`, of all interactions up to this set's targets.
+
+        Raises:
+            NotImplementedError: with a ``value_field``, which no model here reads.
+        """
+        if value_field is not None:
+            raise NotImplementedError("inter_matrix of a SequenceDataset has no value_field")
+        target = self.inter_feat[self.TARGET_POSITION]
+        opening = self.inter_feat[self.item_list_length_field] == 1
+        users = torch.cat([self.inter_feat[self.uid_field], self.inter_feat[self.uid_field][opening]])
+        items = torch.cat([self.sorted_items[target], self.sorted_items[target[opening] - 1]])
+        matrix = coo_matrix((np.ones(len(users)), (users, items)), shape=(self.user_num, self.item_num))
+        return matrix if form == "coo" else matrix.tocsr()

@@ -1,0 +1,86 @@
+"""RecBole's ``create_dataset`` and ``data_preparation``, with our datasets and loaders in them."""
+
+import logging
+import os
+import pickle
+
+import recbole.data.dataset
+from recbole.data.dataset import SequentialDataset
+from recbole.data.utils import data_preparation as recbole_data_preparation
+from recbole.utils import ModelType, dataset_arguments, set_color
+
+from recbole_ssm.data.atomic_files import hardened
+from recbole_ssm.data.sequence_dataset import SequenceDataset
+from recbole_ssm.data.sequence_loader import SequenceDataLoader
+from recbole_ssm.errors import UserError
+
+DATASET_CLASSES = {
+    ModelType.SEQUENTIAL: "SequentialDataset",
+    ModelType.KNOWLEDGE: "KnowledgeBasedDataset",
+}
+
+
+def dataset_class(config) -> type:
+    """The dataset class that RecBole's rules name for a model, made to answer bad files in plain words.
+
+    ``<Model>Dataset`` of :mod:`recbole.data.dataset` where there is one, else the class of the model's type. Sets
+    split beforehand (``benchmark_filename``) hold rows already and always take RecBole's own class.
+    """
+    name = config["model"] + "Dataset"
+    if not hasattr(recbole.data.dataset, name):
+        name = DATASET_CLASSES.get(config["MODEL_TYPE"], "Dataset")
+    found = getattr(recbole.data.dataset, name)
+    if found is SequenceDataset and config["benchmark_filename"] is not None:
+        found = SequentialDataset
+    return hardened(found)
+
+
+def create_dataset(config):
+    """As :func:`recbole.data.create_dataset`, a saved dataset included.
+
+    Raises:
+        UserError: for files that are missing or cannot be read.
+    """
+    cls = dataset_class(config)
+    default = os.path.join(config["checkpoint_dir"], f"{config['dataset']}-{cls.__name__}.pth")
+    file = config["dataset_save_path"] or default
+    if os.path.exists(file):
+        with open(file, "rb") as f:
+            saved = pickle.load(f)
+        if all(config[key] == saved.config[key] for key in [*dataset_arguments, "seed", "repeatable", "time_order"]):
+            logging.getLogger().info(set_color("Load filtered dataset from", "pink") + f": [{file}]")
+            return saved
+    dataset = cls(config)
+    if config["save_dataset"]:
+        dataset.save()
+    return dataset
+
+
+def data_preparation(config, dataset):
+    """As :func:`recbole.data.data_preparation`; ``train_mode: sequence`` trains on whole histories.
+
+    Returns:
+        Training, validation and test loaders.
+
+    Raises:
+        UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
+    """
+    if config["train_mode"] == "sequence":
+        _check_sequence_mode(config, dataset)
+        # RecBole splits, and makes the loaders of validation and test; its training loader is replaced.
+        train_data, valid_data, test_data = recbole_data_preparation(config, dataset)
+        train_data = SequenceDataLoader(config, train_data._dataset, train_data._sampler, config["shuffle"])
+        return train_data, valid_data, test_data
+    return recbole_data_preparation(config, dataset)
+
+
+def _check_sequence_mode(config, dataset) -> None:
+    remedy = "set train_mode: prefix."
+    if not isinstance(dataset, SequenceDataset):
+        raise UserError(f"train_mode: sequence needs one .inter file, not benchmark_filename; {remedy}")
+    if config["train_neg_sample_args"]["dynamic"]:
+        raise UserError(f"train_mode: sequence samples no dynamic negatives; {remedy}")
+    if config["transform"]:
+        raise UserError(f"train_mode: sequence applies no transform ({config['transform']}); {remedy}")
+    if not config["single_spec"]:
+        raise UserError(f"train_mode: sequence runs in one process; {remedy}")

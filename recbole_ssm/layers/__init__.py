@@ -1,0 +1,9 @@
+"""Blocks that the models are made of, all over packed rows ``[T, d]``."""
+
+from recbole_ssm.layers.feed_forward import FeedForward
+from recbole_ssm.layers.mamba import Mamba, MambaLayer
+from recbole_ssm.layers.mamba2 import Mamba2
+from recbole_ssm.layers.mixture_of_experts import MixtureOfExperts
+from recbole_ssm.layers.preference_attention import PreferenceAwareAttention
+
+__all__ = ["FeedForward", "Mamba", "Mamba2", "MambaLayer", "MixtureOfExperts", "PreferenceAwareAttention"]

@@ -1,0 +1,29 @@
+"""Position-wise feed-forward network."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """``LayerNorm(x + dropout(W2 dropout(GELU(W1 x))))`` (Mamba4Rec, arXiv 2403.03900, section 3.3).
+
+    Args:
+        hidden_size: width ``d`` of the input and the output.
+        dropout_prob: dropout rate.
+        dropout_last: drop out after the LayerNorm rather than before the residual sum, as SSD4Rec's released code.
+    """
+
+    def __init__(self, hidden_size: int, dropout_prob: float, dropout_last: bool = False):
+        super().__init__()
+        self.expand = nn.Linear(hidden_size, 4 * hidden_size)
+        self.contract = nn.Linear(4 * hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout_prob)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.dropout_last = dropout_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, d]`` to ``[T, d]``."""
+        hidden = self.contract(self.dropout(F.gelu(self.expand(x))))
+        if self.dropout_last:
+            return self.dropout(self.norm(hidden + x))
+        return self.norm(self.dropout(hidden) + x)

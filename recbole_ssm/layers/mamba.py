@@ -1,0 +1,109 @@
+"""Mamba block (arXiv 2312.00752, figure 3 and algorithm 2) over packed sequences."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_ssm.ops import causal_conv, selective_scan
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """``v`` such that ``softplus(v) = value``."""
+    return value + torch.log(-torch.expm1(-value))
+
+
+def initial_step_sizes(count: int) -> Tensor:
+    """Step sizes drawn log-uniformly from [0.001, 0.1], ``[count]`` (arXiv 2312.00752, section 3.6)."""
+    return torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1)))
+
+
+class Mamba(nn.Module):
+    """One Mamba block; sizes named as in the paper.
+
+    Args:
+        d_model: width of the input and the output.
+        d_state: states a channel, ``N``.
+        d_conv: width of the causal convolution.
+        expand: inner width as a multiple of ``d_model``.
+        backend: see :func:`recbole_ssm.ops.selective_scan`.
+    """
+
+    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int, backend: str = "auto"):
+        super().__init__()
+        self.d_state, self.backend = d_state, backend
+        d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        # Its parameters are a depthwise filter [d_inner, 1, d_conv], kept in nn.Conv1d for its initialisation.
+        self.conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation of the step size (section 3.6), as in its released code."""
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(inverse_softplus(initial_step_sizes(len(self.D))))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
+        """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = causal_conv(x, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        if read is not None:
+            x, y, z = x[read], y[read], z[read]
+        return self.out_proj((y + self.D * x) * F.silu(z))
+
+
+class MambaLayer(nn.Module):
+    """Mamba block, dropout, LayerNorm; a residual connection only where layers are stacked (arXiv 2403.03900, 3.3).
+
+    Args:
+        hidden_size: width ``d``.
+        d_state: see :class:`Mamba`.
+        d_conv: see :class:`Mamba`.
+        expand: see :class:`Mamba`.
+        dropout_prob: dropout rate.
+        stacked: whether the model has more than one layer.
+        backend: see :class:`Mamba`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        dropout_prob: float,
+        stacked: bool,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.mamba = Mamba(hidden_size, d_state, d_conv, expand, backend)
+        self.dropout = nn.Dropout(dropout_prob)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.stacked = stacked
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
+        """``[T, d]`` to ``[T, d]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d]``."""
+        hidden = self.dropout(self.mamba(x, cu_seqlens, read))
+        if self.stacked:
+            hidden = hidden + (x if read is None else x[read])
+        return self.norm(hidden)

@@ -1,0 +1,1 @@
+"""Models, one file each; :mod:`recbole_ssm.registry` lists them."""

@@ -1,0 +1,130 @@
+"""What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
+
+import torch
+import torch.nn.functional as F
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor, nn
+
+from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.errors import UserError
+from recbole_ssm.layers import Mamba
+from recbole_ssm.ops.packing import last_rows, pack
+
+LOSS_TYPES = ("CE", "BCE", "BPR")
+
+# Scoring works through a batch in blocks of about this many rows, so that its memory does not grow with the batch.
+SCORING_ROWS = 1 << 15
+
+
+class PackedRecommender(SequentialRecommender):
+    """A sequential recommender over packed sequences.
+
+    A subclass sets ``item_embedding`` and implements :meth:`encode`. It reads two kinds of batches: RecBole's padded
+    rows (:class:`~recbole.data.interaction.Interaction`, one target a row) and :class:`SequenceBatch` (a target at
+    many positions of one sequence), which is exact for a causal model only.
+
+    Attributes:
+        causal: whether the hidden state at a position depends on that position and those before it alone.
+    """
+
+    causal = True
+    item_embedding: nn.Embedding
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        if config["train_mode"] is None:
+            raise UserError(
+                f"{type(self).__name__} needs the settings of its property file: "
+                "make the configuration with recbole_ssm.Config instead of recbole.config.Config."
+            )
+        self.loss_type = config["loss_type"]
+        self.hidden_size = config["hidden_size"]
+
+    def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """Hidden states of packed sequences.
+
+        Args:
+            items: item ids, int64 ``[T]``.
+            cu_seqlens: borders of the sequences, int32 ``[S+1]``.
+            read: rows whose hidden state is wanted, int64 ``[R]``; all where absent.
+            last: promise that ``read`` is the last row of every sequence.
+
+        Returns:
+            ``[T, d]`` or ``[R, d]``.
+        """
+        raise NotImplementedError
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """What a model does only where its hidden state is read: ``[M, d]`` to ``[M, d]``."""
+        return hidden
+
+    def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        """The training loss, or a tuple of terms to be summed.
+
+        Args:
+            hidden: hidden states, ``[M, d]``.
+            positives: the items that came next, int64 ``[M]``.
+            negatives: sampled items, int64 ``[M, K]``.
+        """
+        return self.ranking_loss(self.read_out(hidden), positives, negatives)
+
+    def ranking_loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor:
+        """Mean over targets of the loss that ``loss_type`` names, with scores ``r = hidden . item_embedding``.
+
+        - ``CE``: ``-log softmax(r)[positive]`` over all items.
+        - ``BCE``: ``-log sigmoid(r_pos) - log(1 - sigmoid(r_neg))``, the mean over negatives.
+        - ``BPR``: ``-log sigmoid(r_pos - r_neg)``, the mean over negatives.
+        """
+        if self.loss_type == "CE":
+            return F.cross_entropy(hidden @ self.item_embedding.weight.T, positives)
+        if negatives is None:
+            raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
+        positive = (hidden * self.item_embedding(positives)).sum(-1)[:, None]
+        negative = torch.einsum("md,mkd->mk", hidden, self.item_embedding(negatives))
+        if self.loss_type == "BCE":
+            return -F.logsigmoid(positive).mean() - F.logsigmoid(-negative).mean()
+        return -F.logsigmoid(positive - negative).mean()
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``."""
+        return self.read_out(self._encode_last(*pack(item_seq, item_seq_len)))
+
+    def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
+        """Loss of one batch, as RecBole's trainer calls it."""
+        if isinstance(interaction, SequenceBatch):
+            batch = interaction
+            hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
+            return self.loss(hidden, batch.targets, batch.negatives)
+        hidden = self._encode_last(*pack(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]))
+        negatives = interaction[self.NEG_ITEM_ID][:, None] if self.NEG_ITEM_ID in interaction else None
+        return self.loss(hidden, interaction[self.POS_ITEM_ID], negatives)
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Score of each row's own item, ``[B]``."""
+        hidden = self._represent(interaction)
+        return (hidden * self.item_embedding(interaction[self.ITEM_ID])).sum(-1)
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of all items for each row, ``[B, n_items]``; column 0 is padding."""
+        return self._represent(interaction) @ self.item_embedding.weight.T
+
+    def _represent(self, interaction: Interaction) -> Tensor:
+        item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        block = (item_seq_len.cumsum(0) - item_seq_len) // SCORING_ROWS
+        sizes = block.unique_consecutive(return_counts=True)[1].tolist()
+        return torch.cat([self(*rows) for rows in zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)])
+
+    def _encode_last(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.encode(items, cu_seqlens, read=last_rows(cu_seqlens), last=True)
+
+
+def init_weights(module: nn.Module) -> None:
+    """RecBole's initialisation of linear and embedding layers: normal with standard deviation 0.02, no bias."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    # A Mamba block's step sizes start where its paper puts them; Module.apply visits children before their parent.
+    if isinstance(module, Mamba):
+        module.reset_parameters()

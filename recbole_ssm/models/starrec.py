@@ -1,0 +1,106 @@
+"""STAR-Rec: Making Peace with Length Variance and Pattern Diversity in Sequential Recommendation (arXiv 2505.03484).
+
+Section 3.1.1: item and position embedding. Sections 3.1.2 and 3.1.3: a preference-aware attention path and a
+state-space path in parallel. Eq. 3: adaptive fusion. Section 3.1.5: a sequence-level mixture of experts predicts.
+docs/models.md gives the equations and says where this differs from the paper's released code.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
+from recbole_ssm.models.base import PackedRecommender, init_weights
+from recbole_ssm.ops.packing import positions
+
+
+class DualPathLayer(nn.Module):
+    """``gamma_1 PMA(x) + gamma_2 SSM(x)`` (eq. 3); either path can be left out.
+
+    ``gamma`` is a softmax over two learned logits, which keeps the two weights comparable.
+    """
+
+    def __init__(self, config, stacked: bool):
+        super().__init__()
+        size, dropout_prob = config["hidden_size"], config["dropout_prob"]
+        self.attention = self.ssm = None
+        if config["use_pma"]:
+            self.attention = PreferenceAwareAttention(
+                size, config["n_heads"], dropout_prob, config["similarity_threshold"], config["use_similarity"],
+                config["attention_window"],
+            )  # fmt: skip
+        if config["use_ssm"]:
+            self.ssm = MambaLayer(
+                size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
+                config["ssm_backend"],
+            )  # fmt: skip
+        if self.attention is not None and self.ssm is not None:
+            self.fusion_logits = nn.Parameter(torch.zeros(2))
+
+    @property
+    def fusion_weights(self) -> Tensor:
+        """gamma_1 (attention) and gamma_2 (state space), ``[2]``, summing to 1."""
+        return self.fusion_logits.softmax(0)
+
+    def forward(
+        self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
+    ) -> Tensor:
+        """See :meth:`PreferenceAwareAttention.forward` for shapes."""
+        if self.ssm is None:
+            return self.attention(x, item_embedding, cu_seqlens, read, last)
+        if self.attention is None:
+            return self.ssm(x, cu_seqlens, read)
+        gamma = self.fusion_weights
+        attended = self.attention(x, item_embedding, cu_seqlens, read, last)
+        return gamma[0] * attended + gamma[1] * self.ssm(x, cu_seqlens, read)
+
+
+class STARRec(PackedRecommender):
+    """Attention and state-space paths, fused, then a mixture of experts."""
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        if not (config["use_ssm"] or config["use_pma"]):
+            raise UserError("use_ssm and use_pma are both off: STARRec needs at least one of its two paths.")
+        dropout_prob = config["dropout_prob"]
+        self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
+        self.position_embedding = (
+            nn.Embedding(self.max_seq_length, self.hidden_size) if config["use_position_embedding"] else None
+        )
+        self.dropout = nn.Dropout(dropout_prob)
+        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
+        n_layers = config["num_layers"]
+        self.layers = nn.ModuleList(DualPathLayer(config, n_layers > 1) for _ in range(n_layers))
+        self.mixture = (
+            MixtureOfExperts(self.hidden_size, config["n_experts"], dropout_prob) if config["use_moe"] else None
+        )
+        self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
+        self.apply(init_weights)
+
+    def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See :meth:`PackedRecommender.encode`."""
+        item_embedding = self.item_embedding(items)
+        hidden = item_embedding
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(positions(cu_seqlens))
+        hidden = self.norm(self.dropout(hidden))
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden, item_embedding, cu_seqlens)
+        return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """The mixture of experts, or ``hidden`` itself without one."""
+        return hidden if self.mixture is None else self.mixture(hidden)[0]
+
+    def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
+        if self.mixture is None:
+            return self.ranking_loss(hidden, positives, negatives)
+        mixed, gate, experts = self.mixture(hidden)
+        terms = [self.ranking_loss(mixed, positives, negatives)]
+        if self.diversity_weight:
+            terms.append(self.diversity_weight * expert_diversity(experts))
+        if self.balance_weight:
+            terms.append(self.balance_weight * load_balance(gate))
+        return tuple(terms) if len(terms) > 1 else terms[0]

@@ -1,0 +1,120 @@
+"""Packed sequences: ``S`` sequences laid end to end in ``T`` rows, no padding.
+
+``cu_seqlens`` (int32, ``[S+1]``) holds the borders: sequence ``s`` owns the rows ``cu_seqlens[s]`` to
+``cu_seqlens[s+1] - 1``. For lengths 3, 0 and 2, ``cu_seqlens = [0, 3, 3, 5]``.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
+    """Borders (int32 ``[S+1]``) of sequences with the given ``lengths`` (integer ``[S]``)."""
+    borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, out=borders[1:])
+    return borders
+
+
+def sequence_lengths(cu_seqlens: Tensor) -> Tensor:
+    """Length of each sequence, int64 ``[S]``."""
+    return cu_seqlens.diff().long()
+
+
+def sequence_ids(cu_seqlens: Tensor) -> Tensor:
+    """The sequence register: which sequence each row belongs to, int64 ``[T]`` (Mamba-2's ``seq_idx``)."""
+    lengths = sequence_lengths(cu_seqlens)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+
+
+def positions(cu_seqlens: Tensor) -> Tensor:
+    """Position of each row within its own sequence, counted from 0, int64 ``[T]``."""
+    starts = cu_seqlens[:-1].long()[sequence_ids(cu_seqlens)]
+    return torch.arange(len(starts), device=cu_seqlens.device) - starts
+
+
+def last_rows(cu_seqlens: Tensor) -> Tensor:
+    """Row of the last position of each sequence, int64 ``[S]``; every sequence must have one."""
+    return cu_seqlens[1:].long() - 1
+
+
+def flip_rows(cu_seqlens: Tensor) -> Tensor:
+    """Row order, int64 ``[T]``, that reverses each sequence in its place; it is its own inverse."""
+    borders = cu_seqlens.long()
+    mirror = (borders[:-1] + borders[1:] - 1)[sequence_ids(cu_seqlens)]
+    return mirror - torch.arange(len(mirror), device=cu_seqlens.device)
+
+
+def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the padding of right-padded sequences.
+
+    Args:
+        padded: ``[S, L, ...]``, sequence ``s`` in its first ``lengths[s]`` places.
+        lengths: integer ``[S]``.
+
+    Returns:
+        The rows ``[T, ...]`` and ``cu_seqlens``.
+    """
+    real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    return padded[real], cu_seqlens_from_lengths(lengths)
+
+
+def pad(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Lay packed rows ``[T, ...]`` out as ``[S, L, ...]``, zeros after each sequence's end."""
+    lengths = sequence_lengths(cu_seqlens)
+    longest = int(lengths.max()) if len(lengths) else 0
+    padded = packed.new_zeros((len(lengths), longest, *packed.shape[1:]))
+    return padded.index_put((sequence_ids(cu_seqlens), positions(cu_seqlens)), packed)
+
+
+def check_packed(cu_seqlens: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless ``cu_seqlens`` is a valid border list for the first tensor's rows and all have as many.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[0] != int(cu_seqlens[-1]):
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} rows, but cu_seqlens ends at {int(cu_seqlens[-1])}"
+            )
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError("cu_seqlens must start at 0 and never decrease")
+
+
+def length_blocks(lengths: Tensor, rows_per_block: int) -> list[Tensor]:
+    """Group the non-empty sequences by similar length, for work that needs them padded.
+
+    Args:
+        lengths: integer ``[S]``.
+        rows_per_block: most rows, padding included, that a block of several sequences may have.
+
+    Returns:
+        Sequence numbers (int64), one tensor a block, longest sequences first. Within a block the longest sequence is
+        at most twice as long as the shortest, so that no more than half of a block is padding.
+    """
+    by_length = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[by_length].tolist()
+    blocks, begin = [], 0
+    for end in range(1, len(sizes) + 1):
+        if sizes[begin] == 0:
+            break
+        full = end < len(sizes) and (end - begin + 1) * sizes[begin] > rows_per_block
+        if end == len(sizes) or full or 2 * sizes[end] < sizes[begin]:
+            blocks.append(by_length[begin:end])
+            begin = end
+    return blocks
+
+
+def block_rows(cu_seqlens: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a block of sequences laid out as ``[n, L]``, and which of these places are real.
+
+    Places after a sequence's end point at its last row, so that gathering by them stays in bounds.
+    """
+    starts, stops = cu_seqlens[:-1].long()[sequences], cu_seqlens[1:].long()[sequences]
+    longest = int((stops - starts).max())
+    rows = starts[:, None] + torch.arange(longest, device=cu_seqlens.device)
+    return torch.minimum(rows, stops[:, None] - 1), rows < stops[:, None]

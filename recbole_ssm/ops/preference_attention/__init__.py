@@ -1,0 +1,73 @@
+"""Preference-aware attention of STAR-Rec (arXiv 2505.03484, section 3.1.2) over packed sequences."""
+
+import torch
+from torch import Tensor
+
+from recbole_ssm.ops.backend import choose
+from recbole_ssm.ops.packing import check_packed
+from recbole_ssm.ops.preference_attention.reference import preference_attention_reference
+
+
+def preference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature: Tensor,
+    score_weight: Tensor,
+    similarity_weight: Tensor,
+    threshold: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    window: int | None = None,
+    queries: str = "all",
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention whose scores add a thresholded cosine similarity of the items::
+
+        S_h[i, j] = cos(feature_i, feature_j)  where that exceeds threshold_h, else 0
+        out_h[i]  = sum_j softmax_j(w1_h q_i k_j^T / sqrt(P) + w2_h S_h[i, j]) v_j,   j <= i in the same sequence
+
+    The similarity's step at the threshold has no useful gradient: within the pass it is a constant 0/1 mask, so
+    ``threshold`` itself receives none.
+
+    Args:
+        q: queries, ``[T, H, P]``.
+        k: keys, ``[T, H, P]``.
+        v: values, ``[T, H, P]``.
+        feature: vectors to compare, ``[T, M, E]``; one metric space for all heads (``M = 1``) or one a head.
+        score_weight: w1, ``[H]``.
+        similarity_weight: w2, ``[H]``.
+        threshold: ``[H]``.
+        cu_seqlens: borders of the sequences, int32 ``[S+1]``.
+        window: attend to at most this many rows, the query's own included; all where absent.
+        queries: ``all``, or ``last`` for the last row of each sequence only (every sequence must have one).
+        backend: ``auto`` or ``reference``.
+
+    Returns:
+        ``[T, H, P]``, or ``[S, H, P]`` for ``last``.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown ``queries`` or backend, a window below 1, ``last`` with an
+            empty sequence.
+        RuntimeError: a backend that cannot run here.
+    """
+    check_packed(cu_seqlens, q=q, k=k, v=v, feature=feature)
+    heads = q.shape[1]
+    if q.shape != k.shape or q.shape != v.shape or feature.shape[1] not in (1, heads):
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and feature {list(feature.shape)} do not fit "
+            "[T, H, P], [T, H, P], [T, H, P] and [T, 1 or H, E]"
+        )
+    if queries not in ("all", "last"):
+        raise ValueError(f"unknown queries {queries!r}: all or last")
+    if queries == "last" and bool((cu_seqlens.diff() == 0).any()):
+        raise ValueError("queries='last' needs at least one row in every sequence")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, but at least the query's own row must be seen")
+    choose("preference_attention", backend, ("reference",), q)
+    # Scores and softmax are taken in float32 whatever the dtype of the activations.
+    compute = torch.promote_types(q.dtype, torch.float32)
+    inputs = [t.to(compute) for t in (q, k, v, feature, score_weight, similarity_weight, threshold)]
+    with torch.autocast(q.device.type, enabled=False):
+        out = preference_attention_reference(*inputs, cu_seqlens, window, queries == "last")
+    return out.to(q.dtype)

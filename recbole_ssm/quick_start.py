@@ -1,0 +1,262 @@
+"""Train, test, load: RecBole's ``quick_start`` with its signatures and return values."""
+
+import json
+import logging
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from recbole.data.transform import construct_transform
+from recbole.utils import get_environment, get_flops, get_model, init_logger, init_seed, set_color
+
+from recbole_ssm.checkpoint import load_checkpoint
+from recbole_ssm.config import Config
+from recbole_ssm.data import create_dataset, data_preparation
+from recbole_ssm.errors import UserError
+from recbole_ssm.registry import MODELS
+from recbole_ssm.trainer import get_trainer
+
+RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        config: the configuration it ran with.
+        result: RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
+            ``test_result``.
+        checkpoint: the file that holds the best model, or none where it was not saved.
+        timings: see :meth:`recbole_ssm.trainer.Timings.summary`.
+    """
+
+    config: Config
+    result: dict[str, Any]
+    checkpoint: str | None
+    timings: dict[str, float | None]
+
+    def write(self, file: str | Path) -> None:
+        """Write results, configuration, versions and timings to a JSON file."""
+        report = {
+            "best_valid_result": self.result["best_valid_result"],
+            "test_result": self.result["test_result"],
+            "checkpoint": self.checkpoint,
+            "config": self.config.given,
+            "versions": versions(),
+            **self.timings,
+            **peak_memory(),
+        }
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2, default=float) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that can change a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes held at once by this process, and by its GPU's tensors where there is one."""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # Windows
+        host = psutil.Process().memory_info().peak_wset
+    peak = {"peak_memory_bytes": host}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=None, saved=True, queue=None):
+    """Train a model on a dataset and test it, as :func:`recbole.quick_start.run_recbole`.
+
+    Args:
+        model (str): model name, ours or RecBole's.
+        dataset (str): dataset name.
+        config_file_list (list of str): YAML files with settings.
+        config_dict (dict): settings, above those of the files.
+        saved (bool): whether to save the model, and test the best epoch's rather than the last's.
+        queue (torch.multiprocessing.Queue): where a spawned process puts its result.
+
+    Returns:
+        dict: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``.
+
+    Raises:
+        UserError: for settings or data that cannot be used.
+    """
+    run = train_and_test(Config(model, dataset, config_file_list, config_dict), saved=saved)
+    if queue is not None and run.config["local_rank"] == 0:
+        queue.put(run.result)
+    return run.result
+
+
+def train_and_test(config: Config, saved: bool = True, resume_file: str | None = None) -> Run:
+    """Train and test by a configuration, from the start or from a checkpoint."""
+    logger = start_logging(config)
+    dataset, loaders = load_data(config)
+    train_data, valid_data, test_data = loaders
+    model = build_model(config, train_data)
+    logger.info(model)
+    if config["model"] not in MODELS:
+        # RecBole counts the layers that it knows, which leaves the scans of our models out.
+        flops = get_flops(model, dataset, config["device"], logger, construct_transform(config))
+        logger.info(set_color("FLOPs", "blue") + f": {flops}")
+
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    if resume_file is not None:
+        trainer.resume_checkpoint(resume_file)
+    best_valid_score, best_valid_result = trainer.fit(
+        train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+    )
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+
+    logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
+    result = {
+        "best_valid_score": best_valid_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_valid_result,
+        "test_result": test_result,
+    }
+    checkpoint = str(trainer.saved_model_file) if saved else None
+    log_results(logger, result, checkpoint)
+    if not config["single_spec"]:
+        torch.distributed.destroy_process_group()
+    timings = trainer.timings.summary() if hasattr(trainer, "timings") else {}
+    return Run(config, result, checkpoint, timings)
+
+
+def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
+    """Evaluate a checkpoint's best model on its validation and test sets, with ``settings`` above its own."""
+    config, model, _, train_data, valid_data, test_data = _load(checkpoint, settings)
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    trainer.eval_collector.data_collect(train_data)
+    valid_result, test_result = (
+        trainer.evaluate(data, load_best_model=False, show_progress=config["show_progress"])
+        for data in (valid_data, test_data)
+    )
+    result = {
+        "best_valid_score": valid_result and valid_result[config["valid_metric"].lower()],
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": valid_result,
+        "test_result": test_result,
+    }
+    log_results(logging.getLogger(), result, checkpoint)
+    return Run(config, result, checkpoint, trainer.timings.summary())
+
+
+def load_data_and_model(model_file):
+    """Load the data and the best model of a checkpoint, as :func:`recbole.quick_start.load_data_and_model`.
+
+    Args:
+        model_file (str): checkpoint file.
+
+    Returns:
+        tuple: config, model, dataset, train_data, valid_data, test_data.
+
+    Raises:
+        UserError: for a file that is no checkpoint, or data that no longer fit it.
+    """
+    return _load(model_file)
+
+
+def _load(model_file: str, settings: dict[str, Any] | None = None):
+    config = config_of(model_file, settings)
+    start_logging(config)
+    dataset, (train_data, valid_data, test_data) = load_data(config)
+    model = build_model(config, train_data)
+    state = load_checkpoint(model_file, config["device"])
+    try:
+        model.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{model_file} does not fit this data, which must have changed since: {error}") from error
+    model.load_other_parameter(state.get("other_parameter"))
+    return config, model, dataset, train_data, valid_data, test_data
+
+
+def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config:
+    """The configuration that a checkpoint was trained with, and ``settings`` above it."""
+    return Config(config_dict={**load_checkpoint(model_file)["config"], **(settings or {})})
+
+
+def start_logging(config: Config) -> logging.Logger:
+    """Seed the random generators, start RecBole's log, and log the configuration."""
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    logger = logging.getLogger()
+    logger.info(sys.argv)
+    logger.info(config)
+    return logger
+
+
+def load_data(config: Config):
+    """The filtered dataset, and its training, validation and test loaders."""
+    dataset = create_dataset(config)
+    logging.getLogger().info(dataset)
+    return dataset, data_preparation(config, dataset)
+
+
+def build_model(config: Config, train_data):
+    """A freshly initialised model on the configured device."""
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    return get_model(config["model"])(config, train_data._dataset).to(config["device"])
+
+
+def log_results(logger: logging.Logger, result: dict[str, Any], checkpoint: str | None) -> None:
+    """The closing lines, RecBole's two and where the model lies."""
+    logger.info(set_color("best valid ", "yellow") + f": {result['best_valid_result']}")
+    logger.info(set_color("test result", "yellow") + f": {result['test_result']}")
+    if checkpoint is not None:
+        logger.info(set_color("checkpoint ", "yellow") + f": {checkpoint}")
+
+
+def run(
+    model,
+    dataset,
+    config_file_list=None,
+    config_dict=None,
+    saved=True,
+    nproc=1,
+    world_size=-1,
+    ip="localhost",
+    port="5678",
+    group_offset=0,
+):
+    """Run in one process, or in ``nproc`` on as many GPUs, as :func:`recbole.quick_start.run`.
+
+    Raises:
+        UserError: where this machine has fewer GPUs than processes.
+    """
+    if nproc == 1 and world_size <= 0:
+        return run_recbole(model, dataset, config_file_list, config_dict, saved)
+    if torch.cuda.device_count() < nproc:
+        raise UserError(
+            f"--nproc={nproc} needs as many GPUs, and this machine has {torch.cuda.device_count()}: leave --nproc out."
+        )
+    config_dict = dict(config_dict or {})
+    config_dict |= {"world_size": nproc if world_size == -1 else world_size, "ip": ip, "port": port}
+    config_dict |= {"nproc": nproc, "offset": group_offset}
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(
+        _run_rank, args=(model, dataset, config_file_list, config_dict, saved, queue), nprocs=nproc
+    )
+    return None if queue.empty() else queue.get()
+
+
+def _run_rank(rank, model, dataset, config_file_list, config_dict, saved, queue):
+    run_recbole(model, dataset, config_file_list, {**config_dict, "local_rank": rank}, saved, queue)

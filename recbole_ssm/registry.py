@@ -1,0 +1,47 @@
+"""Which models there are, and how RecBole comes to know them.
+
+RecBole finds a model as the class ``Name`` in the module ``recbole.model.<family>.<name in lower case>``, its dataset as
+``NameDataset`` in ``recbole.data.dataset`` and its trainer as ``NameTrainer`` in ``recbole.trainer``. :func:`register`
+adds our names to these places, and replaces none.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import recbole.data.dataset
+import recbole.model
+import recbole.trainer
+
+MODELS = {
+    "STARRec": "recbole_ssm.models.starrec",
+    "SSD4Rec": "recbole_ssm.models.ssd4rec",
+    "Mamba4Rec": "recbole_ssm.models.mamba4rec",
+}
+
+
+def register() -> None:
+    """Make every model of :data:`MODELS` known to RecBole's own look-ups by name."""
+    from recbole_ssm.data.sequence_dataset import SequenceDataset
+    from recbole_ssm.trainer import SequenceTrainer
+
+    for name, module in MODELS.items():
+        alias = f"recbole.model.sequential_recommender.{name.lower()}"
+        sys.modules.setdefault(alias, importlib.import_module(module))
+        for home, suffix, cls in (
+            (recbole.data.dataset, "Dataset", SequenceDataset),
+            (recbole.trainer, "Trainer", SequenceTrainer),
+        ):
+            if not hasattr(home, name + suffix):
+                setattr(home, name + suffix, cls)
+
+
+def list_models() -> list[str]:
+    """Names of all models that ``--model`` takes: ours first, then RecBole's by family."""
+    names = list(MODELS)
+    for family in ("sequential", "general", "context_aware", "knowledge_aware", "exlib"):
+        package = importlib.import_module(f"recbole.model.{family}_recommender")
+        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        found = (name for name in vars(package) if name.lower() in modules and not name.islower())
+        names += sorted(name for name in found if name not in names)
+    return names

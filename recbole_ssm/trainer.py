@@ -1,0 +1,195 @@
+"""RecBole's trainers, made to survive: safe checkpoints, exact resume, clear ends, and a record of time spent."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from time import perf_counter
+from typing import Any
+
+import recbole.utils
+import torch
+from recbole.trainer import Trainer
+
+from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from recbole_ssm.errors import UserError
+
+
+@dataclass
+class Timings:
+    """Seconds spent, and targets trained on, by epoch; seconds by evaluation."""
+
+    train_seconds: list[float] = field(default_factory=list)
+    train_targets: list[int] = field(default_factory=list)
+    eval_seconds: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float | None]:
+        """Means; None for what did not happen."""
+        seconds = sum(self.train_seconds)
+        return {
+            "train_seconds_per_epoch": seconds / len(self.train_seconds) if self.train_seconds else None,
+            "train_targets_per_second": sum(self.train_targets) / seconds if seconds else None,
+            "eval_seconds": sum(self.eval_seconds) / len(self.eval_seconds) if self.eval_seconds else None,
+        }
+
+
+class DurableTraining:
+    """Mixin in front of any of RecBole's trainers.
+
+    One checkpoint file serves all: its ``state_dict`` is the best epoch's model, which evaluation loads, and its
+    ``resume`` part is the whole state after the latest evaluated epoch, which :meth:`resume_checkpoint` continues
+    from, bit for bit.
+    """
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.timings = Timings()
+        self._epoch = 0
+        self._best: dict[str, Any] | None = None
+        self._written_epoch: int | None = None
+        self._resume: dict[str, Any] | None = None
+        self._train_data = None
+
+    def fit(
+        self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None
+    ):  # fmt: skip
+        """See :meth:`recbole.trainer.Trainer.fit`.
+
+        Raises:
+            UserError: where the loss became NaN; the last checkpoint stays.
+            KeyboardInterrupt: on Ctrl-C, with a message that says how to go on.
+        """
+        self._train_data = train_data
+        if self._resume is not None:
+            set_random_state(self._resume["random"])
+            if "loader" in self._resume:
+                train_data.generator.set_state(self._resume["loader"].cpu())
+            if self.start_epoch >= self.epochs or self.cur_step > self.stopping_step:
+                self.logger.info("This run had ended; nothing is left to train")
+                return self.best_valid_score, self.best_valid_result
+
+        def after_evaluation(epoch_idx, valid_score):
+            if saved and self._written_epoch != epoch_idx:
+                self._write_checkpoint(epoch_idx)
+            if callback_fn:
+                callback_fn(epoch_idx, valid_score)
+
+        try:
+            return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted in epoch {self._epoch}; {self._kept()}") from None
+
+    def _kept(self) -> str:
+        if self._written_epoch is None:
+            return "nothing was saved yet."
+        file = self.saved_model_file
+        return f"epochs up to {self._written_epoch} are kept in {file}; continue with: run_recbole --resume {file}"
+
+    def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False):
+        self._epoch = epoch_idx
+        if hasattr(train_data, "set_epoch"):
+            train_data.set_epoch(epoch_idx)
+        begin = perf_counter()
+        loss = super()._train_epoch(train_data, epoch_idx, loss_func=loss_func, show_progress=show_progress)
+        self.timings.train_seconds.append(perf_counter() - begin)
+        self.timings.train_targets.append(getattr(train_data, "num_targets", None) or len(train_data._dataset))
+        return loss
+
+    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+        """See :meth:`recbole.trainer.Trainer.evaluate`."""
+        if not eval_data:
+            return None
+        if load_best_model:
+            file = model_file or self.saved_model_file
+            self._load_model(load_checkpoint(file, self.device))
+            self.logger.info(f"Loading model structure and parameters from {file}")
+        begin = perf_counter()
+        result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        self.timings.eval_seconds.append(perf_counter() - begin)
+        return result
+
+    def _load_model(self, state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint does not fit this model and data: {error}") from error
+        self.model.load_other_parameter(state.get("other_parameter"))
+
+    def _check_nan(self, loss):
+        if torch.isnan(loss):
+            raise UserError(
+                f"the training loss became NaN in epoch {self._epoch}; {self._kept()} "
+                f"Lower the learning rate (now {self.learning_rate}), clip gradients "
+                "(--clip_grad_norm=\"{'max_norm': 5}\") or turn --enable_amp off."
+            )
+
+    def _save_checkpoint(self, epoch, verbose=True, **kwargs):
+        """The epoch is the best so far: keep its weights, then write the file."""
+        if not self.config["single_spec"] and self.config["local_rank"] != 0:
+            return
+        self._best = {
+            "epoch": epoch,
+            "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()},
+            "other_parameter": self.model.other_parameter(),
+        }
+        self._write_checkpoint(epoch, **kwargs)
+        if verbose:
+            self.logger.info(f"Saving current: {kwargs.get('saved_model_file', self.saved_model_file)}")
+
+    def _write_checkpoint(self, epoch: int, saved_model_file: str | None = None) -> None:
+        resume: dict[str, Any] = {
+            "epoch": epoch,
+            "cur_step": self.cur_step,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state(),
+        }
+        if isinstance(getattr(self._train_data, "generator", None), torch.Generator):
+            resume["loader"] = self._train_data.generator.get_state()
+        best_valid_result = self.best_valid_result and {k: float(v) for k, v in self.best_valid_result.items()}
+        state = {
+            "config": getattr(self.config, "given", {}),
+            "best_valid_score": float(self.best_valid_score),
+            "best_valid_result": best_valid_result,
+            "resume": resume,
+            **(self._best or {"epoch": epoch, "state_dict": resume["state_dict"]}),
+        }
+        save_checkpoint(saved_model_file or self.saved_model_file, state)
+        self._written_epoch = epoch
+
+    def save_pretrained_model(self, epoch, saved_model_file):
+        """As RecBole's, for its models with a pre-training stage, in a file that torch loads without running code."""
+        state = {"epoch": epoch, "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save_checkpoint(saved_model_file, {**state, "other_parameter": self.model.other_parameter()})
+        self.saved_model_file = saved_model_file
+
+    def resume_checkpoint(self, resume_file):
+        """Take up a run after the latest epoch that its checkpoint holds; later ones are written to the same file.
+
+        Raises:
+            UserError: for a file that is no checkpoint, or one of another model or data.
+        """
+        state = load_checkpoint(resume_file, self.device)
+        resume = state.pop("resume")
+        self._load_model({**state, "state_dict": resume["state_dict"]})
+        self.optimizer.load_state_dict(resume["optimizer"])
+        self.saved_model_file = str(resume_file)
+        self.start_epoch, self.cur_step = resume["epoch"] + 1, resume["cur_step"]
+        self.best_valid_score, self.best_valid_result = state["best_valid_score"], state["best_valid_result"]
+        self._best = {key: state[key] for key in ("epoch", "state_dict", "other_parameter") if key in state}
+        self._written_epoch, self._resume = resume["epoch"], resume
+        self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
+
+
+class SequenceTrainer(DurableTraining, Trainer):
+    """Trainer of this package's models."""
+
+
+@lru_cache(maxsize=None)
+def _durable(trainer_class: type) -> type:
+    if issubclass(trainer_class, DurableTraining) or not issubclass(trainer_class, Trainer):
+        return trainer_class  # RecBole's decision trees have a trainer and files of their own
+    return type(trainer_class.__name__, (DurableTraining, trainer_class), {})
+
+
+def get_trainer(model_type, model_name: str) -> type:
+    """As :func:`recbole.utils.get_trainer`, with :class:`DurableTraining` in front of what that finds."""
+    return _durable(recbole.utils.get_trainer(model_type, model_name))
