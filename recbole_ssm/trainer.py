@@ -1,5 +1,6 @@
 """RecBole's trainers, made to survive: safe checkpoints, exact resume, clear ends, and a record of time spent."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
@@ -104,7 +105,7 @@ class DurableTraining:
         begin = perf_counter()
         result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         self.timings.eval_seconds.append(perf_counter() - begin)
-        return result
+        return OrderedDict((metric, float(value)) for metric, value in result.items())
 
     def _load_model(self, state: dict[str, Any]) -> None:
         try:
@@ -144,7 +145,7 @@ class DurableTraining:
         }
         if isinstance(getattr(self._train_data, "generator", None), torch.Generator):
             resume["loader"] = self._train_data.generator.get_state()
-        best_valid_result = self.best_valid_result and {k: float(v) for k, v in self.best_valid_result.items()}
+        best_valid_result = self.best_valid_result and dict(self.best_valid_result)
         state = {
             "config": getattr(self.config, "given", {}),
             "best_valid_score": float(self.best_valid_score),

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
@@ -13,8 +14,9 @@ from recbole_ssm.ops.packing import last_rows, pack
 
 LOSS_TYPES = ("CE", "BCE", "BPR")
 
-# Scoring works through a batch in blocks of about this many rows, so that its memory does not grow with the batch.
-SCORING_ROWS = 1 << 15
+# RecBole's rows are encoded in blocks of about this many items, so that memory does not grow with the batch; on a CPU
+# small ones, whose activations (up to 32 MB) the allocator reuses where it would fetch larger ones anew.
+ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
 class PackedRecommender(SequentialRecommender):
@@ -88,7 +90,7 @@ class PackedRecommender(SequentialRecommender):
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``."""
-        return self.read_out(self._encode_last(*pack(item_seq, item_seq_len)))
+        return self.read_out(self._encode_rows(item_seq, item_seq_len))
 
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
         """Loss of one batch, as RecBole's trainer calls it."""
@@ -96,7 +98,7 @@ class PackedRecommender(SequentialRecommender):
             batch = interaction
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
             return self.loss(hidden, batch.targets, batch.negatives)
-        hidden = self._encode_last(*pack(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]))
+        hidden = self._encode_rows(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         negatives = interaction[self.NEG_ITEM_ID][:, None] if self.NEG_ITEM_ID in interaction else None
         return self.loss(hidden, interaction[self.POS_ITEM_ID], negatives)
 
@@ -110,12 +112,20 @@ class PackedRecommender(SequentialRecommender):
         return self._represent(interaction) @ self.item_embedding.weight.T
 
     def _represent(self, interaction: Interaction) -> Tensor:
-        item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        block = (item_seq_len.cumsum(0) - item_seq_len) // SCORING_ROWS
-        sizes = block.unique_consecutive(return_counts=True)[1].tolist()
-        return torch.cat([self(*rows) for rows in zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)])
+        return self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
 
-    def _encode_last(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Hidden state at the last item of each padded row, ``[B, d]``."""
+        block = (item_seq_len.cumsum(0) - item_seq_len) // ITEMS_PER_BLOCK[item_seq.device.type]
+        sizes = block.unique_consecutive(return_counts=True)[1].tolist()
+        blocks = zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)
+        if len(sizes) > 1 and torch.is_grad_enabled():
+            # One block's activations at a time: they are computed again when its gradient is.
+            return torch.cat([checkpoint(self._encode_block, *rows, use_reentrant=False) for rows in blocks])
+        return torch.cat([self._encode_block(*rows) for rows in blocks])
+
+    def _encode_block(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        items, cu_seqlens = pack(item_seq, item_seq_len)
         return self.encode(items, cu_seqlens, read=last_rows(cu_seqlens), last=True)
 
 

@@ -1,6 +1,7 @@
-"""Causal depthwise convolution, one tap after another in plain torch."""
+"""Causal depthwise convolution, in plain torch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.packing import sequence_ids
@@ -21,9 +22,7 @@ def causal_conv_reference(
     extended = x.new_zeros(len(x) + before * len(initial_state), x.shape[1]).index_put((places,), x)
     for k in range(before):
         extended = extended.index_put((fronts + k,), initial_state[:, :, k].to(x.dtype))
-    y = torch.zeros_like(x)
-    for k in range(before + 1):
-        y = y + weight[:, k] * extended[places - before + k]
+    y = F.conv1d(extended.T[None], weight[:, None], groups=len(weight))[0].T[places - before]
     ends = cu_seqlens[1:].long() + before * torch.arange(1, len(initial_state) + 1, device=x.device)
     final_state = torch.stack([extended[ends - before + k] for k in range(before)], -1) if before else initial_state
     return y, final_state

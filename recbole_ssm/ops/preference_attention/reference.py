@@ -6,8 +6,9 @@ from torch import Tensor
 
 from recbole_ssm.ops.packing import block_rows, length_blocks, sequence_lengths
 
-# Sequences of a length L are worked on together up to this many entries of their score matrices (64 MB in float32).
-ENTRIES_PER_BLOCK = 1 << 24
+# Sequences of similar length are worked on together up to this many entries of their score matrices: 16 MB in float32,
+# which an allocator reuses where it would return larger pieces to the system and fetch them anew.
+ENTRIES_PER_BLOCK = 1 << 22
 
 
 def preference_attention_reference(
@@ -24,6 +25,8 @@ def preference_attention_reference(
 ) -> Tensor:
     """The sum of :func:`recbole_ssm.ops.preference_attention`: ``[T, H, P]``, or ``[S, H, P]`` with ``last_only``."""
     heads, width = q.shape[1:]
+    scaled_q = q * (score_weight[:, None] / width**0.5)
+    direction = F.normalize(feature, dim=-1)
     lengths = sequence_lengths(cu_seqlens)
     longest = int(lengths.max()) if len(lengths) else 0
     entries_per_row = heads * ((1 if last_only else longest) + feature.shape[2])
@@ -38,11 +41,10 @@ def preference_attention_reference(
         if window is not None:
             visible = visible & (i[..., None] - j < window)
 
-        scores = torch.einsum("nihp,njhp->nhij", q[query_rows], k[rows]) / width**0.5
-        direction = F.normalize(feature, dim=-1)
+        scores = torch.einsum("nihp,njhp->nhij", scaled_q[query_rows], k[rows])
         cosine = torch.einsum("nime,njme->nmij", direction[query_rows], direction[rows])
         similarity = torch.where(cosine > threshold[:, None, None], cosine, 0.0)
-        logits = score_weight[:, None, None] * scores + similarity_weight[:, None, None] * similarity
+        logits = torch.addcmul(scores, similarity_weight[:, None, None], similarity)
         attention = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
         context = torch.einsum("nhij,njhp->nihp", attention, v[rows])
         if last_only:

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from recbole_ssm.ops.packing import block_rows, length_blocks, sequence_lengths
 
-ROWS_PER_BLOCK = 1 << 15
+# Entries of the decay matrices ([chunk, chunk] a head) worked on together: 16 MB in float32, which an allocator reuses
+# where it would return larger pieces to the system and fetch them anew.
+ENTRIES_PER_BLOCK = 1 << 22
 
 
 def ssd_reference(
@@ -25,7 +27,8 @@ def ssd_reference(
         Output ``[T, H, P]`` and final state ``[S, H, P, N]``.
     """
     y, final_state = torch.zeros_like(x), initial_state
-    for sequences in length_blocks(sequence_lengths(cu_seqlens), ROWS_PER_BLOCK):
+    rows_per_block = ENTRIES_PER_BLOCK // (chunk_size * x.shape[1])
+    for sequences in length_blocks(sequence_lengths(cu_seqlens), rows_per_block):
         rows, real = block_rows(cu_seqlens, sequences)
         # A padded place with dt = 0 neither decays the state nor adds to it.
         block_dt = dt[rows] * real[..., None]

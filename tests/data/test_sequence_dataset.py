@@ -1,0 +1,163 @@
+"""The index dataset gives RecBole's rows, and its windows every target once with enough context."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.dataset import SequentialDataset
+
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.atomic_files import hardened
+from recbole_ssm.data.sequence_loader import cut_windows
+from recbole_ssm.errors import UserError
+
+from ..conftest import build, random_rows, small_config, write_dataset
+
+SPLITS = {
+    "leave one out": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    "ratio": {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "group_by": "user", "mode": "full"},
+    "by time": {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "group_by": "none", "mode": "full"},
+}
+
+
+@pytest.mark.parametrize("order", ["exact", "float32"])
+@pytest.mark.parametrize("eval_args", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("max_length", [5, 50])
+def test_rows_are_those_of_recbole(order, eval_args, max_length):
+    write_dataset("tiny", random_rows())  # times a hundred seconds apart, which float32 still tells apart
+    config = small_config("Mamba4Rec", time_order=order, MAX_ITEM_LIST_LENGTH=max_length, eval_args=eval_args)
+    ours = create_dataset(config).build()
+    theirs = hardened(SequentialDataset)(config).build()
+    for mine, recbole in zip(ours, theirs, strict=True):
+        assert len(mine) == len(recbole)
+        got, want = mine[np.arange(len(mine))], recbole[np.arange(len(mine))]
+        for field in ("user_id", "item_id", "item_length", "timestamp"):
+            assert torch.equal(got[field], want[field]), field
+        width = got["item_id_list"].shape[1]
+        assert torch.equal(got["item_id_list"], want["item_id_list"][:, :width])
+        assert not want["item_id_list"][:, width:].any()
+        assert (mine.inter_matrix().toarray() == recbole.inter_matrix().toarray()).all()
+
+
+def tokens_in_order(config, user="u"):
+    dataset = create_dataset(config)
+    dataset.build()
+    return list(dataset.id2token("item_id", dataset.sorted_items))
+
+
+def test_exact_time_tells_seconds_apart_where_float32_does_not():
+    base = 1_600_000_000  # float32 steps by 128 here
+    write_dataset("tiny", [f"u\ti{k}\t{base + 10 - k}" for k in range(6)])
+    assert tokens_in_order(small_config("Mamba4Rec")) == ["i5", "i4", "i3", "i2", "i1", "i0"]
+    assert tokens_in_order(small_config("Mamba4Rec", time_order="float32")) == ["i0", "i1", "i2", "i3", "i4", "i5"]
+
+
+def test_exact_time_survives_normalisation_and_nanoseconds():
+    base = 1_600_000_000_000_000_000
+    write_dataset("tiny", [f"u\ti{k}\t{base + 10 - k}" for k in range(6)])
+    config = small_config("Mamba4Rec", normalize_all=True)
+    assert tokens_in_order(config) == ["i5", "i4", "i3", "i2", "i1", "i0"]
+
+
+def test_ties_keep_file_order():
+    write_dataset("tiny", [f"u\ti{k}\t7" for k in (3, 1, 2, 0)])
+    assert tokens_in_order(small_config("Mamba4Rec")) == ["i3", "i1", "i2", "i0"]
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3, 7, 10, 50])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_windows_own_each_target_once_with_half_the_context(max_length, seed):
+    sizes = np.array([1, 2, 6, 7, 8, 9, 10, 11, 13, 20, 21, 99, 100, 101])
+    stop = np.cumsum(sizes + 2)
+    start = stop - sizes
+    generator = None if seed is None else np.random.default_rng(seed)
+    owned_by = Counter()
+    for begin, first, end in cut_windows(start, stop, max_length, generator):
+        history = np.searchsorted(stop, begin, side="right")
+        assert start[history] <= begin <= first < end <= stop[history]
+        assert end - begin <= max_length
+        for position in range(first, end):
+            owned_by[position] += 1
+            context, available = position - begin + 1, position - start[history] + 1
+            assert context >= min(-(-max_length // 2), available)
+    assert owned_by == Counter({p: 1 for s, e in zip(start, stop, strict=True) for p in range(s, e)})
+
+
+def test_borders_move_from_epoch_to_epoch():
+    start, stop = np.zeros(1, dtype=np.int64), np.array([1000])
+    first, second = (cut_windows(start, stop, 50, np.random.default_rng([0, e])) for e in (0, 1))
+    assert not np.array_equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("eval_args", SPLITS.values(), ids=SPLITS)
+def test_an_epoch_sees_each_training_target_once(eval_args):
+    _, _, (train_data, _, _) = build("Mamba4Rec", MAX_ITEM_LIST_LENGTH=8, train_batch_size=64, eval_args=eval_args)
+    dataset = train_data._dataset
+    histories = {}
+    for row in range(len(dataset)):
+        interaction = dataset[torch.tensor([row])]
+        history = tuple(interaction["item_id_list"][0, : interaction["item_length"][0]].tolist())
+        histories[row] = (history, int(interaction["item_id"]))
+    for epoch in (0, 1):
+        train_data.set_epoch(epoch)
+        seen = Counter()
+        sizes = []
+        for batch in train_data:
+            sizes.append(len(batch))
+            for row, target in zip(batch.target_rows, batch.targets, strict=True):
+                sequence = torch.searchsorted(batch.cu_seqlens, row, side="right") - 1
+                context = tuple(batch.items[batch.cu_seqlens[sequence] : row + 1].tolist())
+                seen[(context[-4:], int(target))] += 1
+        assert seen == Counter((history[-4:], target) for history, target in histories.values())
+        assert len(sizes) == len(train_data)
+        assert abs(np.mean(sizes[:-1]) - 64) < 8
+
+
+def test_epochs_are_repeatable_and_differ():
+    _, _, (train_data, _, _) = build("Mamba4Rec")
+    epochs = []
+    for epoch in (0, 1, 0):
+        train_data.set_epoch(epoch)
+        epochs.append(torch.cat([batch.targets for batch in train_data]))
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_workers_change_nothing():
+    batches = []
+    for workers in (0, 1):
+        _, _, (train_data, _, _) = build("Mamba4Rec", worker=workers)
+        batches.append([batch.items for batch in train_data])
+    for alone, with_worker in zip(*batches, strict=True):
+        assert torch.equal(alone, with_worker)
+
+
+def test_a_user_with_one_interaction_is_left_out_aloud(caplog):
+    write_dataset("tiny", [*random_rows(users=5), "lonely\ti1\t5"])
+    config = small_config("Mamba4Rec", state="WARNING")
+    datasets = create_dataset(config).build()
+    assert "1 of 6 users of tiny have a single interaction" in caplog.text
+    lonely = datasets[0].token2id("user_id", "lonely")
+    assert all((part.inter_feat["user_id"] != lonely).all() for part in datasets)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a\tx\t1", "b\ty\t1"], "every user of tiny has a single interaction"),
+        (["a\tx\t1", "a\ty\t", "a\tz\t2"], "1 of 3 interactions of tiny have no timestamp"),
+    ],
+)
+def test_histories_that_cannot_be_used(lines, message):
+    write_dataset("tiny", lines)
+    with pytest.raises(UserError, match=message):
+        create_dataset(small_config("Mamba4Rec")).build()
+
+
+def test_sampled_evaluation_runs():
+    sampled = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni10"}
+    _, model, (_, valid_data, _) = build("Mamba4Rec", eval_args=sampled)
+    interaction, row_index, positive_u, positive_i = next(iter(valid_data))
+    assert model.eval().predict(interaction).shape == row_index.shape
+    assert len(positive_u) == len(positive_i)

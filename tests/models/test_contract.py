@@ -1,0 +1,176 @@
+"""What every registered model must do; a new one is found by itself."""
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+from recbole.utils.case_study import full_sort_topk
+
+from recbole_ssm import run_recbole
+from recbole_ssm.registry import MODELS
+
+from ..conftest import build, markov_rows, small_settings, write_dataset
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+ABLATIONS = [
+    ("STARRec", {"use_ssm": False}),
+    ("STARRec", {"use_pma": False}),
+    ("STARRec", {"use_similarity": False}),
+    ("STARRec", {"use_moe": False}),
+    ("STARRec", {"diversity_weight": 0.0}),
+    ("STARRec", {"balance_weight": 0.0}),
+    ("STARRec", {"use_position_embedding": False}),
+    ("STARRec", {"attention_window": 3}),
+    ("STARRec", {"similarity_threshold": [0.1, -0.2]}),
+    ("STARRec", {"num_layers": 2}),
+    ("STARRec", {"train_mode": "prefix"}),
+    ("STARRec", {"ssm_backend": "reference"}),
+    ("SSD4Rec", {"bidirectional": False}),
+    ("SSD4Rec", {"bidirectional": False, "train_mode": "sequence"}),
+    ("SSD4Rec", {"mask_ratio": 0.0}),
+    ("SSD4Rec", {"var_len": False}),
+    ("SSD4Rec", {"backward_stream": "aligned"}),
+    ("SSD4Rec", {"norm_embedding": False, "num_layers": 1}),
+    ("Mamba4Rec", {"num_layers": 2}),
+    ("Mamba4Rec", {"train_mode": "prefix"}),
+]
+
+
+def total(loss):
+    return sum(loss) if isinstance(loss, tuple) else loss
+
+
+def rows(item_lists, width=12):
+    """Padded rows as RecBole makes them."""
+    padded = torch.zeros(len(item_lists), width, dtype=torch.int64)
+    for row, items in zip(padded, item_lists, strict=True):
+        row[: len(items)] = torch.tensor(items)
+    lengths = torch.tensor([len(items) for items in item_lists])
+    return Interaction({"item_id_list": padded, "item_length": lengths, "item_id": lengths})
+
+
+@every_model
+@pytest.mark.parametrize("loss_type", ["CE", "BCE", "BPR"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_each_parameter_gets_a_gradient(name, loss_type, num_layers):
+    _, model, (train_data, _, _) = build(name, loss_type=loss_type, num_layers=num_layers)
+    model.train()
+    for batch in train_data:
+        total(model.calculate_loss(batch)).backward()
+    for parameter, tensor in model.named_parameters():
+        assert tensor.grad is not None, f"{parameter} has no gradient"
+        assert tensor.grad.isfinite().all(), parameter
+        assert tensor.grad.abs().max() > 0, f"{parameter} has a zero gradient"
+
+
+@every_model
+def test_padding_and_batch_mates_change_nothing(name):
+    _, model, _ = build(name, num_layers=2)
+    model.eval()
+    lists = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4]]
+    together = model.full_sort_predict(rows(lists))
+    for items, scores in zip(lists, together, strict=True):
+        alone = model.full_sort_predict(rows([items], width=len(items)))[0]
+        torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
+    backwards = model.full_sort_predict(rows(lists[::-1]))
+    torch.testing.assert_close(backwards.flip(0), together, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_predict_agrees_with_full_sort_predict(name):
+    _, model, (_, _, test_data) = build(name)
+    model.eval()
+    interaction = test_data._dataset[np.arange(len(test_data._dataset))]
+    scores = model.full_sort_predict(interaction)
+    assert scores.shape == (len(interaction), model.n_items)
+    chosen = scores.gather(1, interaction["item_id"][:, None])[:, 0]
+    torch.testing.assert_close(model.predict(interaction), chosen)
+
+
+@every_model
+def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
+    """Encoding in blocks, recomputed in the backward pass, gives the same loss and gradients."""
+    _, model, (train_data, _, _) = build(name, train_mode="prefix", dropout_prob=0.0)
+    model.eval()
+    batch = next(iter(train_data))
+    results = []
+    for items in (10**9, 7):
+        monkeypatch.setitem(__import__("recbole_ssm.models.base").models.base.ITEMS_PER_BLOCK, "cpu", items)
+        model.zero_grad()
+        loss = total(model.calculate_loss(batch))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=1e-4, atol=1e-6)
+
+
+@every_model
+def test_recbole_case_study_ranks_by_our_scores(name):
+    _, model, (_, _, test_data) = build(name)
+    users = test_data._dataset.inter_feat["user_id"][:3].numpy()
+    scores, items = full_sort_topk(users, model, test_data, k=5)
+    assert scores.shape == items.shape == (3, 5)
+    assert (items > 0).all()
+    assert (scores.diff(dim=1) <= 0).all()
+
+
+@every_model
+def test_learnable_data_is_learned_and_random_data_is_not(name):
+    """With 100 items a random ranking has an NDCG@10 of about 0.045."""
+    settings = {
+        **small_settings(name), "hidden_size": 32, "num_layers": 1, "epochs": 12, "learning_rate": 0.01,
+        "train_batch_size": 512, "state": "ERROR", "show_progress": False, "stopping_step": 3,
+    }  # fmt: skip
+    results = {}
+    for dataset, noise in (("chain", 0.1), ("noise", 1.0)):
+        write_dataset(dataset, markov_rows(users=300, items=100, length=12, noise=noise))
+        result = run_recbole(name, dataset, config_dict=settings, saved=False)
+        results[dataset] = result["test_result"]["ndcg@10"]
+    assert results["chain"] > 0.6
+    assert results["noise"] < 0.09
+
+
+@pytest.mark.parametrize(("name", "switch"), ABLATIONS, ids=lambda value: str(value))
+def test_every_switch_runs_and_matters(name, switch):
+    _, model, (train_data, _, test_data) = build(name, **switch)
+    total(model.train().calculate_loss(next(iter(train_data)))).backward()
+    scores = model.eval().full_sort_predict(test_data._dataset[np.arange(4)])
+    assert scores.isfinite().all()
+    if switch.keys() <= {"mask_ratio", "diversity_weight", "balance_weight", "train_mode", "ssm_backend"}:
+        return  # these change training or speed, not scores
+    _, plain, _ = build(name)
+    if {n: p.shape for n, p in plain.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}:
+        plain.load_state_dict(model.state_dict())
+        assert not torch.equal(plain.eval().full_sort_predict(test_data._dataset[np.arange(4)]), scores)
+
+
+def test_mask_ratio_masks_that_share_in_training_only(monkeypatch):
+    _, model, _ = build("SSD4Rec", mask_ratio=0.3, bidirectional=False)
+    seen = []
+    monkeypatch.setattr(model.item_embedding, "forward", lambda items: seen.append(items) or torch.zeros(*items.shape, 16))
+    items, borders = torch.ones(20_000, dtype=torch.int64), torch.tensor([0, 20_000], dtype=torch.int32)
+    monkeypatch.setattr(model, "layers", [lambda hidden, *_: hidden])
+    model.train().encode(items, borders)
+    model.eval().encode(items, borders)
+    assert abs((seen[0] == 0).double().mean().item() - 0.3) < 0.02
+    assert (seen[1] == 1).all()
+
+
+def test_backward_stream_readings():
+    """'final' hands the last position the state after the whole reversed sequence, 'aligned' a scan of itself."""
+    outputs = {}
+    for reading in ("final", "aligned"):
+        _, model, _ = build("SSD4Rec", backward_stream=reading, beta=1.0, num_layers=1)
+        layer = model.eval().layers[0]
+        x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+        borders = torch.tensor([0, 5, 7], dtype=torch.int32)
+        flipped = torch.cat([x[:5].flip(0), x[5:].flip(0)])
+        forward, backward = layer.mamba(x, borders), layer.mamba(flipped, borders)
+        if reading == "aligned":
+            backward = torch.cat([backward[:5].flip(0), backward[5:].flip(0)])
+        expected = layer.feed_forward(layer.norm(forward + backward + x))
+        torch.testing.assert_close(layer(x, borders), expected)
+        torch.testing.assert_close(layer(x, borders, torch.tensor([4, 6])), expected[[4, 6]])
+        outputs[reading] = expected
+    assert not torch.allclose(outputs["final"], outputs["aligned"])

@@ -1,0 +1,91 @@
+"""One pass over a sequence is exactly RecBole's rows, summed."""
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_ssm.errors import UserError
+
+from ..conftest import build, small_config, write_dataset
+
+
+@pytest.mark.parametrize("name", ["STARRec", "Mamba4Rec"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_sequence_mode_equals_prefix_rows(name, num_layers):
+    settings = {"dropout_prob": 0.0, "num_layers": num_layers, "train_batch_size": 10_000, "MAX_ITEM_LIST_LENGTH": 30}
+    _, model, (sequences, _, _) = build(name, train_mode="sequence", **settings)
+    _, _, (prefixes, _, _) = build(name, train_mode="prefix", **settings)
+    results = []
+    for loader in (sequences, prefixes):
+        (batch,) = list(loader)
+        model.zero_grad()
+        loss = model.calculate_loss(batch)
+        loss = sum(loss) if isinstance(loss, tuple) else loss
+        (loss * len(batch)).backward()
+        results.append((len(batch), loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (count, loss, gradients), (expected_count, expected_loss, expected) = results
+    assert count == expected_count
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for parameter, gradient in gradients.items():
+        scale = expected[parameter].abs().max()
+        torch.testing.assert_close(
+            gradient / scale, expected[parameter] / scale, rtol=0, atol=2e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+
+
+@pytest.mark.parametrize("mode", ["sequence", "prefix"])
+@pytest.mark.parametrize("loss_type", ["BPR", "BCE"])
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_negatives_avoid_the_target(mode, loss_type, distribution):
+    arguments = {"distribution": distribution, "sample_num": 3}
+    _, _, (train_data, _, _) = build("Mamba4Rec", train_mode=mode, loss_type=loss_type, train_neg_sample_args=arguments)
+    for batch in train_data:
+        if mode == "sequence":
+            assert batch.negatives.shape == (len(batch), 3)
+            assert (batch.negatives != batch.targets[:, None]).all()
+        else:
+            assert (batch["neg_item_id"] != batch["item_id"]).all()
+
+
+def test_losses_are_their_formulas():
+    _, model, _ = build("Mamba4Rec", loss_type="CE")
+    hidden, positives = torch.randn(4, 16), torch.tensor([1, 2, 3, 4])
+    negatives = torch.tensor([[5, 6], [7, 8], [9, 1], [2, 3]])
+    scores = hidden @ model.item_embedding.weight.T
+    r = scores.gather(1, positives[:, None])
+    n = scores.gather(1, negatives)
+    expected = {
+        "CE": -(r[:, 0] - scores.logsumexp(1)).mean(),
+        "BCE": (-r.sigmoid().log() - (1 - n.sigmoid()).log()).mean(),
+        "BPR": -(r - n).sigmoid().log().mean(),
+    }
+    for loss_type, value in expected.items():
+        model.loss_type = loss_type
+        torch.testing.assert_close(model.ranking_loss(hidden, positives, negatives), value)
+    with pytest.raises(UserError, match="needs train_neg_sample_args"):
+        model.ranking_loss(hidden, positives, None)
+
+
+def test_expert_terms_are_their_formulas():
+    from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
+
+    experts = torch.randn(3, 5, 4, dtype=torch.float64)
+    expected = np.mean(
+        [
+            torch.cosine_similarity(experts[i, m].float(), experts[j, m].float(), dim=0).item() ** 2
+            for m in range(5)
+            for i in range(3)
+            for j in range(3)
+            if i != j
+        ]
+    )
+    assert expert_diversity(experts).item() == pytest.approx(expected, rel=1e-5)
+    assert expert_diversity(experts[:1]) == 0
+    assert load_balance(torch.full((6, 4), 0.25)).item() == pytest.approx(0)
+    assert load_balance(torch.eye(4)[[1, 1]]).item() == pytest.approx(3)
+
+
+def test_bidirectional_model_refuses_sequence_mode():
+    write_dataset("tiny", ["u\ti\t1"])
+    with pytest.raises(UserError, match="set train_mode: prefix, or bidirectional: False"):
+        small_config("SSD4Rec", train_mode="sequence")
