@@ -52,9 +52,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
                 f"{path} holds Python objects, which could run code when loaded (RecBole's own checkpoints do): "
                 "train it again with recbole-ssm."
             ) from error
-        raise UserError(
-            f"{path} is damaged or no checkpoint at all: use another one, or train again."
-        ) from error
+        raise UserError(f"{path} is damaged or no checkpoint at all: use another one, or train again.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but no checkpoint of this version of recbole-ssm.")
     return _decode(state)
@@ -94,7 +92,11 @@ def _decode(value: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's global random generators."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state

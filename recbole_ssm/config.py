@@ -115,10 +115,12 @@ class Config(recbole.config.Config):
     def _get_model_and_dataset(self, model, dataset):
         try:
             return super()._get_model_and_dataset(model, dataset)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, ModuleNotFoundError) as error:
             name = model or self.external_config_dict["model"]
+            if name in list_models():
+                raise UserError(f"model {name} cannot be loaded: {error}.") from error
             raise UserError(
-                f"unknown model {name!r}{_suggestion(str(name), list_models())}; --list_models names all."
+                f"unknown model {name!r}{_suggestion(str(name), list_models())} --list_models names all."
             ) from error
 
     def _load_internal_config_dict(self, model, model_class, dataset):
@@ -140,7 +142,7 @@ class Config(recbole.config.Config):
         known.update(*self.parameters.values())
         for key in [key for key in self.external_config_dict if key not in known]:
             if key in self.file_config_dict or key in self.variable_config_dict:
-                raise UserError(f"unknown setting {key!r}{_suggestion(key, sorted(known))}.")
+                raise UserError(f"unknown setting {key!r}{_suggestion(key, sorted(known))}")
             # Only in sys.argv: of run_recbole this is refused by the command itself, else it is a script's own flag.
             logging.getLogger().warning(f"--{key} is no setting of this model; it is left to the script")
             del self.external_config_dict[key]
@@ -204,4 +206,4 @@ def _plain(value):
 def _suggestion(word: str, known: list[str]) -> str:
     folded = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), folded, n=1)
-    return f", did you mean {folded[near[0]]!r}?" if near else ""
+    return f", did you mean {folded[near[0]]!r}?" if near else "."

@@ -39,9 +39,9 @@ def register() -> None:
 def list_models() -> list[str]:
     """Names of all models that ``--model`` takes: ours first, then RecBole's by family."""
     names = list(MODELS)
-    for family in ("sequential", "general", "context_aware", "knowledge_aware", "exlib"):
+    for family in ("sequential", "general", "context_aware", "knowledge_aware"):
         package = importlib.import_module(f"recbole.model.{family}_recommender")
         modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
         found = (name for name in vars(package) if name.lower() in modules and not name.islower())
         names += sorted(name for name in found if name not in names)
-    return names
+    return [*names, "lightgbm", "xgboost"]  # of the family whose import needs these packages

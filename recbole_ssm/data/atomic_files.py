@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import recbole.data.dataset
 import torch
 from recbole.utils.enum_type import FeatureSource, FeatureType
@@ -62,6 +63,8 @@ class AtomicFiles:
             feat = super()._load_feat(filepath, source)
         except ValueError as error:
             raise UserError(f"{filepath} cannot be read: {error}") from error
+        except AttributeError as error:  # under pandas 3 RecBole fills a copy of the empty places
+            raise UserError(f"{filepath} has an empty place in a column of lists: fill it in.") from error
         if source == FeatureSource.INTERACTION and feat is not None:
             self._check_interactions(Path(filepath), feat)
         return feat
@@ -79,6 +82,25 @@ class AtomicFiles:
             )
         if feat.empty:
             raise UserError(f"{path} has a header but no interactions.")
+
+    def _remap(self, remap_list):
+        """As RecBole's, which counts on ``Series.agg`` to reach into lists; in pandas 3 it sees the column."""
+        if not remap_list:
+            return
+        columns = [feat[field].to_numpy() for feat, field, _ in remap_list]
+        is_list = [ftype == FeatureType.TOKEN_SEQ for _, _, ftype in remap_list]
+        flat = [np.concatenate(column) if lists else column for column, lists in zip(columns, is_list, strict=True)]
+        ids, tokens = pd.factorize(np.concatenate(flat))
+        parts = np.split(ids + 1, np.cumsum([len(column) for column in flat])[:-1])
+        tokens = np.array(["[PAD]", *tokens])
+        token_ids = {token: i for i, token in enumerate(tokens)}
+        for (feat, field, _), column, lists, part in zip(remap_list, columns, is_list, parts, strict=True):
+            if lists:
+                rows = np.split(part, np.cumsum([len(row) for row in column])[:-1])
+                part = pd.Series(rows, feat.index, dtype=object)
+            feat[field] = part
+            self.field2id_token.setdefault(field, tokens)
+            self.field2token_id.setdefault(field, token_ids)
 
     def _fill_nan(self):
         """As RecBole's, which fills a copy in pandas 3: ids by 0, numbers by their mean, lists by empty ones."""

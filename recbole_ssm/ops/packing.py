@@ -73,14 +73,10 @@ def check_packed(cu_seqlens: Tensor, **tensors: Tensor | None) -> None:
         ValueError: naming the argument that does not fit.
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(
-            f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape[0] != int(cu_seqlens[-1]):
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} rows, but cu_seqlens ends at {int(cu_seqlens[-1])}"
-            )
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, but cu_seqlens ends at {int(cu_seqlens[-1])}")
     if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError("cu_seqlens must start at 0 and never decrease")
 

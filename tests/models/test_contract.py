@@ -7,6 +7,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import run_recbole
+from recbole_ssm.models.base import ITEMS_PER_BLOCK
 from recbole_ssm.registry import MODELS
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
@@ -96,7 +97,7 @@ def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
     batch = next(iter(train_data))
     results = []
     for items in (10**9, 7):
-        monkeypatch.setitem(__import__("recbole_ssm.models.base").models.base.ITEMS_PER_BLOCK, "cpu", items)
+        monkeypatch.setitem(ITEMS_PER_BLOCK, "cpu", items)
         model.zero_grad()
         loss = total(model.calculate_loss(batch))
         loss.backward()
@@ -145,12 +146,11 @@ def test_every_switch_runs_and_matters(name, switch):
         assert not torch.equal(plain.eval().full_sort_predict(test_data._dataset[np.arange(4)]), scores)
 
 
-def test_mask_ratio_masks_that_share_in_training_only(monkeypatch):
-    _, model, _ = build("SSD4Rec", mask_ratio=0.3, bidirectional=False)
+def test_mask_ratio_masks_that_share_in_training_only():
+    _, model, _ = build("SSD4Rec", mask_ratio=0.3)
     seen = []
-    monkeypatch.setattr(model.item_embedding, "forward", lambda items: seen.append(items) or torch.zeros(*items.shape, 16))
-    items, borders = torch.ones(20_000, dtype=torch.int64), torch.tensor([0, 20_000], dtype=torch.int32)
-    monkeypatch.setattr(model, "layers", [lambda hidden, *_: hidden])
+    model.item_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    items, borders = torch.ones(20_000, dtype=torch.int64), torch.arange(0, 20_001, 10, dtype=torch.int32)
     model.train().encode(items, borders)
     model.eval().encode(items, borders)
     assert abs((seen[0] == 0).double().mean().item() - 0.3) < 0.02

@@ -114,9 +114,7 @@ def test_ssd(lengths, dtype, groups):
 @pytest.mark.parametrize("taps", [1, 2, 4, 8])
 def test_causal_conv(lengths, dtype, taps):
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-    inputs = leaves(
-        dtype, x=(sum(lengths), 5), weight=(5, taps), bias=(5,), initial_state=(len(lengths), 5, taps - 1)
-    )
+    inputs = leaves(dtype, x=(sum(lengths), 5), weight=(5, taps), bias=(5,), initial_state=(len(lengths), 5, taps - 1))
 
     def truth(i):
         y, state = loops.causal_conv_loop(i["x"], i["weight"], i["initial_state"], cu_seqlens)

@@ -75,12 +75,12 @@ def ssd(
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
         dt = F.softplus(dt)
-    if initial_state is None:
-        initial_state = x.new_zeros(state_shape, dtype=compute)
-    inputs = [tensor.to(compute) for tensor in (x, dt, A, B, C, initial_state)]
+    if initial_state is not None:
+        initial_state = initial_state.to(compute)
+    x_, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
-        y, final_state = ssd_reference(*inputs, cu_seqlens, chunk_size)
+        y, final_state = ssd_reference(x_, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
     if D is not None:
-        y = y + D.to(compute)[:, None] * x.to(compute)
+        y = y + D.to(compute)[:, None] * x_
     y = y.to(x.dtype)
     return (y, final_state) if return_final_state else y

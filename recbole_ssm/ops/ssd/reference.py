@@ -17,62 +17,79 @@ def ssd_reference(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     """The recurrence of :func:`recbole_ssm.ops.ssd`, without skip and softplus.
 
     Returns:
-        Output ``[T, H, P]`` and final state ``[S, H, P, N]``.
+        Output ``[T, H, P]`` and, where asked for, the final state ``[S, H, P, N]``.
     """
-    y, final_state = torch.zeros_like(x), initial_state
-    rows_per_block = ENTRIES_PER_BLOCK // (chunk_size * x.shape[1])
+    all_rows, outputs, all_sequences, states = [], [], [], []
+    rows_per_block = max(1, ENTRIES_PER_BLOCK // (chunk_size * x.shape[1]))
     for sequences in length_blocks(sequence_lengths(cu_seqlens), rows_per_block):
         rows, real = block_rows(cu_seqlens, sequences)
         # A padded place with dt = 0 neither decays the state nor adds to it.
         block_dt = dt[rows] * real[..., None]
-        block_y, block_state = _ssd_padded(
-            x[rows], block_dt, A, B[rows], C[rows], initial_state[sequences], chunk_size
-        )
-        y = y.index_put((rows[real],), block_y[real])
-        final_state = final_state.index_put((sequences,), block_state)
-    return y, final_state
+        state = None if initial_state is None else initial_state[sequences]
+        y, state = _ssd_padded(x[rows], block_dt, A, B[rows], C[rows], state, chunk_size, return_final_state)
+        all_rows.append(rows[real])
+        outputs.append(y[real])
+        all_sequences.append(sequences)
+        states.append(state)
+    y = torch.zeros_like(x)
+    if outputs:
+        y = torch.cat(outputs)[torch.cat(all_rows).argsort()]
+    if not return_final_state:
+        return y, None
+    if initial_state is None:
+        initial_state = x.new_zeros(len(cu_seqlens) - 1, *x.shape[1:], B.shape[2])
+    if states:
+        return y, initial_state.index_put((torch.cat(all_sequences),), torch.cat(states))
+    return y, initial_state
 
 
-def _ssd_padded(x, dt, A, B, C, state, chunk_size):
-    """Sequences of one length: ``x [n, L, H, P]``, ``dt [n, L, H]``, ``B, C [n, L, G, N]``, ``state [n, H, P, N]``."""
-    n, length, heads, _ = x.shape
+def _ssd_padded(x, dt, A, B, C, state, chunk_size, return_final_state):
+    """Sequences of one length: ``x [n, L, H, P]``, ``dt [n, L, H]``, ``B, C [n, L, G, N]``, ``state [n, H, P, N]``.
+
+    Inside, heads are split into ``G`` groups of ``R`` and rows into ``c`` chunks of ``Q``.
+    """
+    length, groups = x.shape[1], B.shape[2]
     chunk = min(chunk_size, length)
     pad = -length % chunk
 
-    def split(tensor):  # [n, L, ...] -> [n, chunks, chunk, ...]
+    def split(tensor):  # [n, L, H or G, ...] -> [n, c, G, R or 1, Q, ...]
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
-        return tensor.unflatten(1, (-1, chunk))
+        return tensor.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).movedim(2, 4)
 
-    groups = B.shape[2]
-    drive = split((x * dt[..., None]).unflatten(2, (groups, heads // groups)))  # n c l g r p
-    B, C = split(B), split(C)  # n c l g m
-    log_decay = split((dt * A).unflatten(2, (groups, heads // groups))).cumsum(2)  # n c l g r
+    drive = split(x * dt[..., None])  # [n, c, G, R, Q, P]
+    log_decay = split(dt * A).cumsum(-1)  # [n, c, G, R, Q]: of all rows of the chunk up to each
+    B, C = split(B), split(C)  # [n, c, G, 1, Q, N]
 
     # 1. Within each chunk: the quadratic, attention-like form.
-    since = log_decay[:, :, :, None] - log_decay[:, :, None]  # n c l s g r: decay from row s to row l
+    since = log_decay[..., :, None] - log_decay[..., None, :]  # [n, c, G, R, Q, Q]: from a row (last) to a later one
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay = torch.where(causal[:, :, None, None], since, -torch.inf).exp()
-    scores = torch.einsum("nclgm,ncsgm->nclsg", C, B)
-    y = torch.einsum("nclsgr,ncsgrp->nclgrp", scores[..., None] * decay, drive)
+    y = (C @ B.mT * since.masked_fill(~causal, -torch.inf).exp()) @ drive
+
+    def joined(tensor):  # [n, c, G, R, Q, P] -> [n, L, H, P]
+        return tensor.movedim(4, 2).flatten(1, 2)[:, :length].flatten(2, 3)
+
+    if state is None and y.shape[1] == 1 and not return_final_state:
+        return joined(y), None
 
     # 2. The state that each chunk adds by its end.
-    to_end = (log_decay[:, :, -1:] - log_decay).exp()
-    added = torch.einsum("ncsgm,ncsgr,ncsgrp->ncgrpm", B, to_end, drive)
+    to_end = (log_decay[..., -1:] - log_decay).exp()
+    added = (drive * to_end[..., None]).mT @ B  # [n, c, G, R, P, N]
 
     # 3. The recurrence from chunk to chunk.
-    state = state.unflatten(1, (groups, heads // groups))
+    state = torch.zeros_like(added[:, 0]) if state is None else state.unflatten(1, (groups, -1))
     entering = []
     for c in range(added.shape[1]):
         entering.append(state)
-        state = log_decay[:, c, -1, :, :, None, None].exp() * state + added[:, c]
+        state = log_decay[:, c, :, :, -1, None, None].exp() * state + added[:, c]
 
     # 4. What the state at a chunk's entry contributes to its outputs.
-    y = y + torch.einsum("nclgm,ncgrpm,nclgr->nclgrp", C, torch.stack(entering, 1), log_decay.exp())
-    return y.flatten(1, 2)[:, :length].flatten(2, 3), state.flatten(1, 2)
+    y = y + (C @ torch.stack(entering, 1).mT) * log_decay.exp()[..., None]
+    return joined(y), state.flatten(1, 2)

@@ -1,0 +1,246 @@
+"""Checkpoints: safe to load, whole or absent, and resumed bit for bit."""
+
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from recbole_ssm import UserError, load_data_and_model, run_recbole
+from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from recbole_ssm.quick_start import config_of, evaluate, train_and_test
+from recbole_ssm.registry import MODELS
+
+from .conftest import random_rows, small_config, small_settings, write_dataset
+
+
+class Trap:
+    """Unpickling it runs code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("trap"),)
+
+
+def test_round_trip():
+    state = {
+        "tensor": torch.arange(3), "array": np.arange(4.0), "nested": {"pair": (1, "two"), "none": None},
+        "matrix": scipy.sparse.csr_matrix([[0, 2.5], [1, 0]]), "scalar": np.float64(0.5), 7: [True],
+        "module": torch.nn.Linear(2, 2),
+    }  # fmt: skip
+    save_checkpoint("x.pth", state)
+    loaded = load_checkpoint("x.pth")
+    assert torch.equal(loaded["tensor"], state["tensor"])
+    assert (loaded["array"] == state["array"]).all()
+    assert loaded["nested"] == state["nested"]
+    assert loaded["matrix"].format == "csr"
+    assert (loaded["matrix"] != state["matrix"]).nnz == 0
+    assert loaded["scalar"] == 0.5
+    assert loaded[7] == [True]
+    assert "module" not in loaded
+
+
+def test_a_strangers_checkpoint_runs_no_code():
+    torch.save({"format": "recbole_ssm checkpoint 1", "config": Trap()}, "trap.pth")
+    with pytest.raises(UserError, match="could run code"):
+        load_checkpoint("trap.pth")
+    Path("plain.pth").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError):
+        load_checkpoint("plain.pth")
+    assert not Path("trap").exists()
+
+
+def test_files_that_are_no_checkpoint():
+    save_checkpoint("x.pth", {"tensor": torch.arange(1000)})
+    whole = Path("x.pth").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        Path("cut.pth").write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut\.pth is damaged or no checkpoint at all"):
+            load_checkpoint("cut.pth")
+    torch.save({"state_dict": {}}, "foreign.pth")
+    with pytest.raises(UserError, match="no checkpoint of this version"):
+        load_checkpoint("foreign.pth")
+    with pytest.raises(UserError, match=r"nowhere\.pth not found"):
+        load_checkpoint("nowhere.pth")
+
+
+def test_a_failed_write_leaves_the_last_good_file(monkeypatch):
+    save_checkpoint("x.pth", {"epoch": 1})
+
+    def dying(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", dying)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint("x.pth", {"epoch": 2})
+    assert load_checkpoint("x.pth")["epoch"] == 1
+    assert [path.name for path in Path().iterdir()] == ["x.pth"]
+
+
+def test_random_state_round_trip():
+    save_checkpoint("x.pth", random_state())
+    drawn = (random.random(), np.random.rand(), torch.rand(1).item())
+    set_random_state(load_checkpoint("x.pth"))
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+@pytest.mark.parametrize("name", [*MODELS, "SASRec", "BPR"])
+def test_resume_is_bit_for_bit(name):
+    """Four epochs in one go, and two, then two more from the checkpoint: the same weights, scores and file."""
+    write_dataset("tiny", random_rows())
+    loss = {"loss_type": "BPR"} if name in MODELS else {}
+    settings = {"checkpoint_dir": "whole", "epochs": 4, **loss}
+    whole = train_and_test(make_config(name, settings))
+    parts = train_and_test(make_config(name, {**settings, "checkpoint_dir": "parts", "epochs": 2}))
+    config = config_of(parts.checkpoint, {"epochs": 4})
+    resumed = train_and_test(config, resume_file=parts.checkpoint)
+    assert resumed.checkpoint == parts.checkpoint
+    assert resumed.result == whole.result
+    one, two = load_checkpoint(whole.checkpoint), load_checkpoint(resumed.checkpoint)
+    for key in ("epoch", "best_valid_score", "best_valid_result"):
+        assert one[key] == two[key]
+    assert one["resume"]["epoch"] == two["resume"]["epoch"] == 3
+    assert one["resume"]["cur_step"] == two["resume"]["cur_step"]
+    for part in (lambda state: state["state_dict"], lambda state: state["resume"]["state_dict"]):
+        for parameter, value in part(one).items():
+            assert torch.equal(value, part(two)[parameter]), parameter
+    moments = [state["resume"]["optimizer"]["state"] for state in (one, two)]
+    for index, moment in moments[0].items():
+        for key, value in moment.items():
+            assert torch.equal(value, moments[1][index][key])
+
+
+def make_config(name, settings):
+    from recbole_ssm import Config
+
+    if name in MODELS:
+        return small_config(name, **settings)
+    quiet = {"state": "ERROR", "show_progress": False, "data_path": "dataset", "hidden_size": 16}
+    return Config(name, "tiny", config_dict={**quiet, **settings})
+
+
+def test_a_run_that_had_ended_is_not_trained_further():
+    write_dataset("tiny", random_rows())
+    first = train_and_test(small_config("Mamba4Rec", epochs=2))
+    before = Path(first.checkpoint).read_bytes()
+    again = train_and_test(config_of(first.checkpoint), resume_file=first.checkpoint)
+    assert again.result == first.result
+    assert Path(first.checkpoint).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_load_data_and_model_and_evaluate(name):
+    write_dataset("tiny", random_rows())
+    run = train_and_test(small_config(name, epochs=2))
+    config, model, dataset, train_data, _, test_data = load_data_and_model(run.checkpoint)
+    assert config["model"] == name
+    assert dataset.item_num == model.n_items
+    assert len(train_data) > 0
+    best = load_checkpoint(run.checkpoint)["state_dict"]
+    for parameter, value in model.state_dict().items():
+        assert torch.equal(value, best[parameter])
+    again = evaluate(run.checkpoint)
+    assert again.result["test_result"] == run.result["test_result"]
+    assert again.result["best_valid_result"] == run.result["best_valid_result"]
+    assert test_data is not None
+
+
+def test_data_that_changed_since():
+    write_dataset("tiny", random_rows())
+    run = train_and_test(small_config("Mamba4Rec", epochs=1))
+    write_dataset("tiny", random_rows(items=20))
+    with pytest.raises(UserError, match="does not fit this data"):
+        load_data_and_model(run.checkpoint)
+
+
+def test_recbole_checkpoints_are_refused_in_words():
+    config = small_config("Mamba4Rec")
+    torch.save({"config": config, "state_dict": {}}, "recbole.pth")
+    with pytest.raises(UserError, match="RecBole's own checkpoints do"):
+        load_data_and_model("recbole.pth")
+
+
+def test_nan_loss_keeps_the_last_epoch():
+    write_dataset("tiny", random_rows())
+    first = train_and_test(small_config("Mamba4Rec", epochs=1))
+    message = r"NaN in epoch \d; epochs up to \d are kept in .*Lower the learning rate \(now 1e\+30\)"
+    with pytest.raises(UserError, match=message):
+        train_and_test(
+            config_of(first.checkpoint, {"epochs": 9, "learning_rate": 1e30, "learner": "sgd"}),
+            resume_file=drop_optimizer(first.checkpoint),
+        )
+    assert load_checkpoint(first.checkpoint)["state_dict"]
+
+
+def drop_optimizer(file):
+    """Adam's moments do not fit the SGD that the test goes on with."""
+    state = load_checkpoint(file)
+    parameters = [group["params"] for group in state["resume"]["optimizer"]["param_groups"]]
+    model = torch.nn.ParameterList([torch.zeros(1) for _ in parameters[0]])
+    state["resume"]["optimizer"] = torch.optim.SGD(model, lr=1e30, weight_decay=0.0).state_dict()
+    state.pop("format")
+    save_checkpoint(file, state)
+    return file
+
+
+def test_a_killed_run_resumes(tmp_path):
+    """SIGKILL while it trains: the file is whole, and the resumed run ends like one that was never killed."""
+    write_dataset("tiny", random_rows())
+    settings = [f"--{key}={value}" for key, value in small_settings("Mamba4Rec").items()]
+    command = [sys.executable, "-m", "recbole_ssm", "--model=Mamba4Rec", "--dataset=tiny", "--show_progress=False"]
+    command += [*settings, "--stopping_step=1000"]
+    process = subprocess.Popen(
+        [*command, "--epochs=100000"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path
+    )
+    for line in process.stderr:
+        if "epoch 5 training" in line:
+            process.kill()
+            break
+    process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    (killed,) = Path("saved").glob("*.pth")
+    epochs = load_checkpoint(killed)["resume"]["epoch"] + 4
+    resumed = train_and_test(config_of(str(killed), {"epochs": epochs}), resume_file=str(killed))
+    whole = train_and_test(config_of(str(killed), {"epochs": epochs, "checkpoint_dir": "whole"}))
+    assert resumed.result == whole.result
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    write_dataset("tiny", random_rows())
+    settings = [f"--{key}={value}" for key, value in small_settings("Mamba4Rec").items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recbole_ssm", "-m", "Mamba4Rec", "-d", "tiny", "--show_progress=False", *settings,
+         "--epochs=100000", "--stopping_step=100000"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    for line in process.stderr:
+        if "epoch 3 training" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    *_, last = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert process.wait() == 130
+    said = re.fullmatch(
+        r"run_recbole: interrupted in epoch \d+; epochs up to \d+ are kept in (\S+); "
+        r"continue with: run_recbole --resume (\S+)", last,
+    )  # fmt: skip
+    assert said, last
+    assert Path(said[1]).is_file()
+
+
+def test_saved_false_writes_nothing():
+    write_dataset("tiny", random_rows())
+    settings = {**small_settings("Mamba4Rec"), "epochs": 1, "state": "ERROR", "show_progress": False}
+    result = run_recbole("Mamba4Rec", "tiny", config_dict=settings, saved=False)
+    assert result["test_result"]["ndcg@10"] >= 0
+    assert not list(Path("saved").glob("*"))

@@ -1,0 +1,163 @@
+"""Precedence, strictness, and every shipped property file."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recbole.utils
+import yaml
+
+from recbole_ssm import Config, UserError, list_models
+from recbole_ssm.config import properties_dir
+from recbole_ssm.registry import MODELS
+
+from .conftest import small_settings
+
+SHIPPED = sorted(properties_dir().rglob("*.yaml"))
+DATASETS = [path.stem for path in SHIPPED if path.parent.name == "dataset"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_known_to_recbole_by_name(model):
+    assert recbole.utils.get_model(model).__name__ == model
+    config = Config(model, "ml-100k")
+    assert recbole.utils.get_trainer(config["MODEL_TYPE"], model).__name__ == "SequenceTrainer"
+    assert getattr(sys.modules["recbole.data.dataset"], model + "Dataset").__name__ == "SequenceDataset"
+
+
+def test_list_models():
+    names = list_models()
+    assert names[: len(MODELS)] == list(MODELS)
+    assert {"SASRec", "GRU4Rec", "BERT4Rec", "BPR", "FM", "KGAT", "xgboost"} <= set(names)
+    for name in names[:-2]:
+        assert recbole.utils.get_model(name).__name__ == name
+
+
+def test_precedence(monkeypatch, tmp_path):
+    """overall < model < dataset < config files < dict < command line."""
+    config = Config("STARRec", "ml-1m")
+    assert config["epochs"] == 300  # RecBole's overall.yaml
+    assert config["valid_metric"] == "NDCG@10"  # ours
+    assert config["n_heads"] == 8  # model
+    assert config["MAX_ITEM_LIST_LENGTH"] == 200  # dataset
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("MAX_ITEM_LIST_LENGTH: 10\nn_heads: 1\nseed: 1\nepochs: 1\n")
+    two.write_text("n_heads: 2\nseed: 2\nepochs: 2\n")
+    monkeypatch.setattr(sys, "argv", ["script.py", "--epochs=4"])
+    config = Config("STARRec", "ml-1m", [str(one), str(two)], {"seed": 3, "epochs": 3})
+    settings = ("MAX_ITEM_LIST_LENGTH", "n_heads", "seed", "epochs")
+    assert [config[key] for key in settings] == [10, 2, 3, 4]
+
+
+@pytest.mark.parametrize("model", ["STARRec", "SASRec", "GRU4Rec"])
+def test_any_sequential_dataset_works_without_settings(model):
+    config = Config(model, "mine", config_dict={"TIME_FIELD": "when"})
+    assert config["load_col"] == {"inter": ["user_id", "item_id", "when"]}
+    assert config["train_neg_sample_args"]["distribution"] == "none"
+    assert config["eval_args"]["order"] == "TO"
+    assert Config(model, "mine", config_dict={"load_col": None})["load_col"] is None
+
+
+def test_negatives_follow_the_loss():
+    for loss_type, distribution in (("CE", "none"), ("BCE", "uniform"), ("BPR", "uniform")):
+        config = Config("STARRec", "mine", config_dict={"loss_type": loss_type})
+        assert config["train_neg_sample_args"]["distribution"] == distribution
+
+
+def test_general_models_keep_recboles_settings():
+    config = Config("BPR", "ml-100k")
+    assert config["user_inter_num_interval"] is None
+    assert config["valid_metric"] == "MRR@10"
+    assert config["train_mode"] is None
+
+
+REFUSED = {
+    "unknown key": ({"num_layer": 2}, "unknown setting 'num_layer', did you mean 'num_layers'"),
+    "RecBole's word": ({"n_layers": 2}, "unknown setting 'n_layers', did you mean 'num_layers'"),
+    "loss": ({"loss_type": "MSE"}, "loss_type is 'MSE': choose one of CE, BCE, BPR"),
+    "mode": ({"train_mode": "rows"}, "train_mode is 'rows': choose one of sequence, prefix"),
+    "time": ({"time_order": "int"}, "time_order is 'int': choose one of exact, float32"),
+    "metric": ({"metrics": ["NDGC"]}, "no metric named 'NDGC'"),
+    "negatives with CE": ({"train_neg_sample_args": {"distribution": "uniform"}}, "should be None"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config("STARRec", "ml-100k", config_dict=settings)
+
+
+def test_unknown_key_in_a_file_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("dropout: 0.1\n")
+    with pytest.raises(UserError, match="unknown setting 'dropout', did you mean 'dropout_prob'"):
+        Config("STARRec", "ml-100k", [str(file)])
+    with pytest.raises(UserError, match=r"config file nowhere\.yaml not found"):
+        Config("STARRec", "ml-100k", ["nowhere.yaml"])
+
+
+def test_a_scripts_own_flags_are_left_to_it(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--depth=3", "-v", "--epochs=7", "--result_file=x"])
+    config = Config("STARRec", "ml-100k")
+    assert config["epochs"] == 7
+    assert "depth" not in config
+    assert "--depth is no setting of this model" in caplog.text
+    assert "result_file" not in caplog.text
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(UserError, match="unknown model 'StarRec', did you mean 'STARRec'"):
+        Config("StarRec", "ml-100k")
+
+
+def test_settings_are_never_evaluated():
+    trap = "__import__('pathlib').Path('trap').touch()"
+    config = Config("STARRec", "ml-100k", config_dict={"checkpoint_dir": trap})
+    assert config["checkpoint_dir"] == trap
+    assert not Path("trap").exists()
+
+
+def test_given_rebuilds_the_configuration():
+    first = Config(
+        "SSD4Rec", "ml-1m", config_dict={"gpu_id": "0", "topk": 5, "metrics": "NDCG", "valid_metric": "NDCG@5"}
+    )
+    again = Config(config_dict=first.given)
+    assert again.final_config_dict == first.final_config_dict
+
+
+def test_names_that_numpy_2_removed():
+    Config("STARRec", "ml-100k")
+    assert np.float is np.float64  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_line_says_type_and_meaning(path):
+    for line in path.read_text().splitlines():
+        if re.match(r"\w+:", line):
+            assert re.search(r"# \(\w[\w ]*\) \S", line), line
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_no_key_twice(path):
+    keys = re.findall(r"^(\w+):", path.read_text(), re.MULTILINE)
+    assert len(keys) == len(set(keys)) == len(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_pair_of_shipped_files_makes_a_configuration(model, dataset):
+    config = Config(model, dataset)
+    assert config["user_inter_num_interval"] == config["item_inter_num_interval"] == "[5,inf)"
+    assert config["MAX_ITEM_LIST_LENGTH"] == (200 if dataset.startswith("ml-") else 50)
+    assert config["load_col"]["inter"] == ["user_id", "item_id", "timestamp"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model_files_hold_no_dataset_keys(model):
+    """A dataset's file would be above them only by luck otherwise."""
+    own = yaml.safe_load((properties_dir() / "model" / f"{model}.yaml").read_text())
+    assert not own.keys() & set(recbole.utils.dataset_arguments)
+    assert small_settings(model)
