@@ -19,19 +19,19 @@ TRAIN_MODES = ("sequence", "prefix")
 TIME_ORDERS = ("exact", "float32")
 
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
-COMMAND_OPTIONS = frozenset(
-    "model dataset config_files nproc ip port world_size group_offset list_models checkpoint mode resume result_file"
-    " help".split()
-)
+COMMAND_OPTIONS = {
+    "model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "group_offset",
+    "list_models", "checkpoint", "mode", "resume", "result_file",
+}  # fmt: skip
 
 # Settings that RecBole reads although none of its property files of sequential models lists them.
-UNLISTED = frozenset(
-    "model dataset encoding device local_rank offset nproc world_size ip port reg_weight single_spec config_file "
-    "tail_ratio neg_sampling training_neg_sample_num eval_neg_sample_args".split()
-)
+UNLISTED = {
+    "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port",
+    "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
+}  # fmt: skip
 
 # What a checkpoint leaves out: it belongs to one process, or RecBole derives it.
-PROCESS_SETTINGS = frozenset("MODEL_TYPE local_rank offset nproc world_size ip port".split())
+PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port"}
 
 SAMPLE_LOAD_COL = {"inter": ["user_id", "item_id"]}
 
@@ -103,7 +103,7 @@ class Config(recbole.config.Config):
 
     def _load_cmd_line(self):
         """``--key=value`` words of the command line; a script's other words are its own."""
-        settings = {}
+        settings: dict[str, str] = {}
         for word in [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]:
             key, equals, value = word.removeprefix("--").partition("=")
             if not word.startswith("--") or not equals or key in COMMAND_OPTIONS:

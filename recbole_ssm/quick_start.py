@@ -5,7 +5,7 @@ import logging
 import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,9 @@ class Run:
 
 def versions() -> dict[str, str]:
     """Versions of Python, the platform and the packages that can change a result."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name.lower(): package.version for package in distributions() if (name := package.name)}
+    found = {package: installed[package] for package in RECORDED_PACKAGES if package in installed}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
 
 
 def peak_memory() -> dict[str, int]:

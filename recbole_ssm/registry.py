@@ -1,8 +1,8 @@
 """Which models there are, and how RecBole comes to know them.
 
-RecBole finds a model as the class ``Name`` in the module ``recbole.model.<family>.<name in lower case>``, its dataset as
-``NameDataset`` in ``recbole.data.dataset`` and its trainer as ``NameTrainer`` in ``recbole.trainer``. :func:`register`
-adds our names to these places, and replaces none.
+RecBole finds a model as the class ``Name`` in the module ``recbole.model.<family>.<name in lower case>``, its dataset
+as ``NameDataset`` in ``recbole.data.dataset`` and its trainer as ``NameTrainer`` in ``recbole.trainer``.
+:func:`register` adds our names to these places, and replaces none.
 """
 
 import importlib

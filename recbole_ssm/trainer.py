@@ -32,8 +32,8 @@ class Timings:
         }
 
 
-class DurableTraining:
-    """Mixin in front of any of RecBole's trainers.
+class DurableTraining(Trainer):
+    """What goes in front of any of RecBole's trainers.
 
     One checkpoint file serves all: its ``state_dict`` is the best epoch's model, which evaluation loads, and its
     ``resume`` part is the whole state after the latest evaluated epoch, which :meth:`resume_checkpoint` continues
@@ -47,7 +47,7 @@ class DurableTraining:
         self._best: dict[str, Any] | None = None
         self._written_epoch: int | None = None
         self._resume: dict[str, Any] | None = None
-        self._train_data = None
+        self._train_data: Any = None
 
     def fit(
         self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None
@@ -124,8 +124,6 @@ class DurableTraining:
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
         """The epoch is the best so far: keep its weights, then write the file."""
-        if not self.config["single_spec"] and self.config["local_rank"] != 0:
-            return
         self._best = {
             "epoch": epoch,
             "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()},
@@ -136,6 +134,8 @@ class DurableTraining:
             self.logger.info(f"Saving current: {kwargs.get('saved_model_file', self.saved_model_file)}")
 
     def _write_checkpoint(self, epoch: int, saved_model_file: str | None = None) -> None:
+        if self.config["local_rank"] != 0:
+            return
         resume: dict[str, Any] = {
             "epoch": epoch,
             "cur_step": self.cur_step,
@@ -180,7 +180,7 @@ class DurableTraining:
         self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
 
 
-class SequenceTrainer(DurableTraining, Trainer):
+class SequenceTrainer(DurableTraining):
     """Trainer of this package's models."""
 
 

@@ -47,8 +47,8 @@ def random_rows(users: int = 40, items: int = 30, longest: int = 25, seed: int =
     generator = np.random.default_rng(seed)
     rows = []
     for user in range(users):
-        for time in range(generator.integers(4, longest, endpoint=True)):
-            rows.append(f"u{user}\ti{generator.integers(items)}\t{1_000_000_000 + 100 * time}")
+        length = generator.integers(4, longest, endpoint=True)
+        rows += [f"u{user}\ti{generator.integers(items)}\t{1_000_000_000 + 100 * time}" for time in range(length)]
     generator.shuffle(rows)
     return rows
 

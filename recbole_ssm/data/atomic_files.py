@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import recbole.data.dataset
 import torch
+from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
@@ -17,8 +18,8 @@ from recbole_ssm.errors import UserError
 HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
 
 
-class AtomicFiles:
-    """Mixin in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
+class AtomicFiles(Dataset):
+    """What goes in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
 
     def _download(self):
         """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""
@@ -71,7 +72,7 @@ class AtomicFiles:
 
     def _check_interactions(self, path: Path, feat) -> None:
         needed = [self.uid_field, self.iid_field]
-        sequential = isinstance(self, recbole.data.dataset.SequentialDataset)
+        sequential = isinstance(self, SequentialDataset)
         if sequential and self.config["benchmark_filename"] is None:
             needed.append(self.time_field)
         missing = [field for field in needed if field is not None and field not in feat]
@@ -82,6 +83,15 @@ class AtomicFiles:
             )
         if feat.empty:
             raise UserError(f"{path} has a header but no interactions.")
+
+    def _reset_index(self):
+        if self.inter_feat.empty:
+            raise UserError(
+                f"the filters leave no interaction of {self.dataset_name}: loosen user_inter_num_interval "
+                f"({self.config['user_inter_num_interval']}), item_inter_num_interval "
+                f"({self.config['item_inter_num_interval']}) or val_interval ({self.config['val_interval']})."
+            )
+        super()._reset_index()
 
     def _remap(self, remap_list):
         """As RecBole's, which counts on ``Series.agg`` to reach into lists; in pandas 3 it sees the column."""
@@ -97,8 +107,9 @@ class AtomicFiles:
         for (feat, field, _), column, lists, part in zip(remap_list, columns, is_list, parts, strict=True):
             if lists:
                 rows = np.split(part, np.cumsum([len(row) for row in column])[:-1])
-                part = pd.Series(rows, feat.index, dtype=object)
-            feat[field] = part
+                feat[field] = pd.Series(rows, feat.index, dtype=object)
+            else:
+                feat[field] = part
             self.field2id_token.setdefault(field, tokens)
             self.field2token_id.setdefault(field, token_ids)
 

@@ -1,6 +1,7 @@
 """The batch that models work on."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,9 +28,9 @@ class SequenceBatch:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def _map(self, function) -> "SequenceBatch":
-        values = (getattr(self, field.name) for field in fields(self))
-        return SequenceBatch(*(None if v is None else function(v) for v in values))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SequenceBatch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The same batch on another device."""

@@ -1,5 +1,7 @@
 """RecBole's sequential dataset as an index into the sorted interactions."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -25,21 +27,23 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
     Attributes:
         sorted_items: all interactions' item ids by user and time, int64 ``[n]``.
         user_start: where the history of each interaction's user begins in ``sorted_items``, int64 ``[n]``.
+        longest_row: most items of a row's history, and so the width of padded rows.
     """
 
     TARGET_POSITION = "target_position"  # the column of inter_feat that points into sorted_items
 
+    inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
     sorted_items: torch.Tensor
     user_start: torch.Tensor
+    longest_row: int
 
     def _load_feat(self, filepath, source):
         feat = super()._load_feat(filepath, source)
-        if source == FeatureSource.INTERACTION and self.time_field in feat:
-            if feat[self.time_field].abs().max() >= FLOAT64_ROUNDS:
-                column = f"{self.time_field}:float"
-                feat[self.time_field] = pd.read_csv(
-                    filepath, sep=self.config["field_separator"], usecols=[column], encoding=self.config["encoding"]
-                )[column]
+        if source == FeatureSource.INTERACTION and feat[self.time_field].abs().max() >= FLOAT64_ROUNDS:
+            column = f"{self.time_field}:float"
+            feat[self.time_field] = pd.read_csv(
+                filepath, sep=self.config["field_separator"], usecols=[column], encoding=self.config["encoding"]
+            )[column]
         return feat
 
     def _remap_ID_all(self):
@@ -73,6 +77,7 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         targets = np.flatnonzero(np.arange(len(users)) > user_start)
         rows = self.inter_feat[targets]
         length = np.minimum(targets - user_start[targets], self.max_item_list_len)
+        self.longest_row = int(length.max())
         pointers = {self.item_list_length_field: length, self.TARGET_POSITION: targets}
         rows.update(Interaction({field: torch.from_numpy(values) for field, values in pointers.items()}))
         self.inter_feat = rows
@@ -108,20 +113,15 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
     def __getitem__(self, index, join=True) -> Interaction:
         rows = super().__getitem__(index, join)
         target, length = rows[self.TARGET_POSITION], rows[self.item_list_length_field]
-        width = torch.arange(min(self.max_item_list_len, self.longest_history))
-        # Places past a row's end would point behind its target; they read any row and are zeroed.
-        places = torch.minimum((target - length)[..., None] + width, target[..., None])
-        real = width < length[..., None]
+        column = torch.arange(self.longest_row)
+        # Places past a row's end would point behind its target; they read the target and are zeroed.
+        places = torch.minimum((target - length)[..., None] + column, target[..., None])
+        real = column < length[..., None]
         rows.update(Interaction({self.item_id_list_field: self.sorted_items[places] * real}))
         return rows
 
-    @property
-    def longest_history(self) -> int:
-        """Most interactions before a target, uncut."""
-        return int((torch.arange(len(self.user_start)) - self.user_start).max())
-
     def inter_matrix(self, form="coo", value_field=None):
-        """See :meth:`recbole.data.dataset.SequentialDataset.inter_matrix`, of all interactions up to this set's targets.
+        """See :meth:`recbole.data.dataset.SequentialDataset.inter_matrix`, of this set's targets and first items.
 
         Raises:
             NotImplementedError: with a ``value_field``, which no model here reads.

@@ -1,9 +1,11 @@
 """Training batches of whole histories: the loss at every position, each target once an epoch."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.sequence_dataset import SequenceDataset
@@ -117,7 +119,7 @@ class SequenceDataLoader(DataLoader):
         return drawn.view(self._negatives, -1).T.contiguous()
 
 
-class _Windows:
+class _Windows(Dataset):
     """What torch's DataLoader indexes, a batch at a time; to RecBole's collector of statistics, the dataset itself."""
 
     def __init__(self, loader: SequenceDataLoader):
@@ -143,5 +145,5 @@ class _Plan:
         return len(self._loader._plan)
 
 
-def _as_is(batch: SequenceBatch) -> SequenceBatch:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -31,6 +31,8 @@ class PreferenceAwareAttention(nn.Module):
         ValueError: where ``n_heads`` does not divide ``d``, or the thresholds are not one a head.
     """
 
+    threshold: Tensor
+
     def __init__(
         self,
         hidden_size: int,
@@ -75,11 +77,7 @@ class PreferenceAwareAttention(nn.Module):
             ``[T, d]`` or ``[R, d]``.
         """
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
-        if self.use_similarity:
-            gated = item_embedding * torch.sigmoid(self.embedding_gate(item_embedding))
-            feature, similarity_weight = gated[:, None] * self.metric, self.similarity_weight
-        else:
-            feature, similarity_weight = x.new_zeros(len(x), 1, 1), torch.zeros_like(self.score_weight)
+        feature, similarity_weight = self._similarity(item_embedding)
         context = preference_attention(
             q, k, v, feature, self.score_weight, similarity_weight, self.threshold,
             cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all",
@@ -89,3 +87,10 @@ class PreferenceAwareAttention(nn.Module):
             context = context if last else context[read]
         gated_context = context * F.silu(self.context_gate(context))
         return self.norm(x + self.dropout(self.out_proj(gated_context)))
+
+    def _similarity(self, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Features to compare, ``[T, H, d]``, and their weight, ``[H]``; nothing to compare, ``[T, 1, 1]``, without."""
+        if not self.use_similarity:
+            return item_embedding.new_zeros(len(item_embedding), 1, 1), torch.zeros_like(self.score_weight)
+        gated = item_embedding * torch.sigmoid(self.embedding_gate(item_embedding))
+        return gated[:, None] * self.metric, self.similarity_weight

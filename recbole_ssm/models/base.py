@@ -16,7 +16,8 @@ LOSS_TYPES = ("CE", "BCE", "BPR")
 
 # RecBole's rows are encoded in blocks of about this many items, so that memory does not grow with the batch; on a CPU
 # small ones, whose activations (up to 32 MB) the allocator reuses where it would fetch larger ones anew.
-ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
+ITEMS_PER_BLOCK = {"cpu": 1 << 13}
+ITEMS_PER_BLOCK_ELSEWHERE = 1 << 17
 
 
 class PackedRecommender(SequentialRecommender):
@@ -116,7 +117,8 @@ class PackedRecommender(SequentialRecommender):
 
     def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state at the last item of each padded row, ``[B, d]``."""
-        block = (item_seq_len.cumsum(0) - item_seq_len) // ITEMS_PER_BLOCK[item_seq.device.type]
+        size = ITEMS_PER_BLOCK.get(item_seq.device.type, ITEMS_PER_BLOCK_ELSEWHERE)
+        block = (item_seq_len.cumsum(0) - item_seq_len) // size
         sizes = block.unique_consecutive(return_counts=True)[1].tolist()
         blocks = zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)
         if len(sizes) > 1 and torch.is_grad_enabled():

@@ -24,18 +24,18 @@ class DualPathLayer(nn.Module):
     def __init__(self, config, stacked: bool):
         super().__init__()
         size, dropout_prob = config["hidden_size"], config["dropout_prob"]
-        self.attention = self.ssm = None
-        if config["use_pma"]:
+        self.use_pma, self.use_ssm = config["use_pma"], config["use_ssm"]
+        if self.use_pma:
             self.attention = PreferenceAwareAttention(
                 size, config["n_heads"], dropout_prob, config["similarity_threshold"], config["use_similarity"],
                 config["attention_window"],
             )  # fmt: skip
-        if config["use_ssm"]:
+        if self.use_ssm:
             self.ssm = MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
                 config["ssm_backend"],
             )  # fmt: skip
-        if self.attention is not None and self.ssm is not None:
+        if self.use_pma and self.use_ssm:
             self.fusion_logits = nn.Parameter(torch.zeros(2))
 
     @property
@@ -47,9 +47,9 @@ class DualPathLayer(nn.Module):
         self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
     ) -> Tensor:
         """See :meth:`PreferenceAwareAttention.forward` for shapes."""
-        if self.ssm is None:
+        if not self.use_ssm:
             return self.attention(x, item_embedding, cu_seqlens, read, last)
-        if self.attention is None:
+        if not self.use_pma:
             return self.ssm(x, cu_seqlens, read)
         gamma = self.fusion_weights
         attended = self.attention(x, item_embedding, cu_seqlens, read, last)

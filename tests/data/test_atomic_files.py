@@ -38,8 +38,16 @@ def recbole_config(model):
     return Config(model, "tiny", config_dict={"state": "ERROR", "data_path": "dataset"})
 
 
+def test_filters_that_leave_nothing():
+    write_dataset("tiny", random_rows())
+    with pytest.raises(UserError, match=r"filters leave no interaction of tiny: loosen .* \(\[1000,inf\)\)"):
+        create_dataset(small_config("Mamba4Rec", item_inter_num_interval="[1000,inf)"))
+
+
 def test_unknown_dataset():
-    with pytest.raises(UserError, match="dataset nowhere not found: there is no folder dataset/nowhere.*--data_path"):
+    with pytest.raises(
+        UserError, match=r"dataset nowhere not found: there is no folder dataset/nowhere\..*--data_path"
+    ):
         create_dataset(small_config("Mamba4Rec", "nowhere"))
 
 

@@ -50,6 +50,9 @@ def test_exact_time_tells_seconds_apart_where_float32_does_not():
     base = 1_600_000_000  # float32 steps by 128 here
     write_dataset("tiny", [f"u\ti{k}\t{base + 10 - k}" for k in range(6)])
     assert tokens_in_order(small_config("Mamba4Rec")) == ["i5", "i4", "i3", "i2", "i1", "i0"]
+    _, valid, test = create_dataset(small_config("Mamba4Rec")).build()
+    for part, last in ((valid, "i1"), (test, "i0")):
+        assert part.id2token("item_id", part.inter_feat["item_id"]) == [last]
     assert tokens_in_order(small_config("Mamba4Rec", time_order="float32")) == ["i0", "i1", "i2", "i3", "i4", "i5"]
 
 

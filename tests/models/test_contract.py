@@ -107,6 +107,18 @@ def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
 
 
 @every_model
+@pytest.mark.parametrize("train_mode", ["sequence", "prefix"])
+def test_bfloat16_autocast(name, train_mode):
+    extra = {"bidirectional": False} if name == "SSD4Rec" else {}
+    _, model, (train_data, _, _) = build(name, train_mode=train_mode, **extra)
+    with torch.autocast("cpu"):
+        loss = total(model.train().calculate_loss(next(iter(train_data))))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_model
 def test_recbole_case_study_ranks_by_our_scores(name):
     _, model, (_, _, test_data) = build(name)
     users = test_data._dataset.inter_feat["user_id"][:3].numpy()

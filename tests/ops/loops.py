@@ -1,12 +1,13 @@
 """The ops' definitions as loops over single rows, one sequence at a time: the truth that every backend is held to."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 
 def sequences(cu_seqlens: Tensor):
-    borders = cu_seqlens.tolist()
-    return [(s, begin, end) for s, (begin, end) in enumerate(zip(borders[:-1], borders[1:], strict=True))]
+    return [(s, begin, end) for s, (begin, end) in enumerate(pairwise(cu_seqlens.tolist()))]
 
 
 def selective_scan_loop(x, dt, A, B, C, initial_state, cu_seqlens):
@@ -38,8 +39,7 @@ def causal_conv_loop(x, weight, initial_state, cu_seqlens):
     outputs, states = [], []
     for s, begin, end in sequences(cu_seqlens):
         rows = [initial_state[s, :, k] for k in range(taps - 1)] + [x[t] for t in range(begin, end)]
-        for t in range(end - begin):
-            outputs.append(sum(weight[:, k] * rows[t + k] for k in range(taps)))
+        outputs += [sum(weight[:, k] * rows[t + k] for k in range(taps)) for t in range(end - begin)]
         states.append(torch.stack(rows[len(rows) - taps + 1 :], -1) if taps > 1 else initial_state[s])
     return torch.stack(outputs), torch.stack(states)
 

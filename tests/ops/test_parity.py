@@ -1,5 +1,7 @@
 """Every op and backend against float64 loops: outputs, final states and all gradients."""
 
+import functools
+
 import pytest
 import torch
 
@@ -146,6 +148,27 @@ def test_preference_attention(lengths, dtype, metrics, window):
     assert out.dtype == dtype
     # A cosine that bfloat16 rounding moves over the threshold is another function; float32 cosines do not do so here.
     check((out,), inputs, truth, dtype, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 0, 70, 3]], ids=str)
+def test_a_state_left_out_is_zero(lengths):
+    """Without an initial state, and with or without asking for the final one, outputs are the same."""
+    cu_seqlens, total, count = cu_seqlens_from_lengths(torch.tensor(lengths)), sum(lengths), len(lengths)
+    scan = leaves(torch.float32, x=(total, 3), dt=(total, 3), A=(3, 2), B=(total, 2), C=(total, 2))
+    dual = leaves(torch.float32, x=(total, 2, 3), dt=(total, 2), A=(2,), B=(total, 1, 2), C=(total, 1, 2))
+    conv = leaves(torch.float32, x=(total, 3), weight=(3, 4))
+    for op, inputs, shape in (
+        (functools.partial(selective_scan, backend="reference"), scan, (count, 3, 2)),
+        (functools.partial(selective_scan, backend="cpu"), scan, (count, 3, 2)),
+        (functools.partial(ssd, chunk_size=16), dual, (count, 2, 3, 2)),
+        (ssd, dual, (count, 2, 3, 2)),
+        (causal_conv, conv, (count, 3, 3)),
+    ):
+        y, state = op(**inputs, cu_seqlens=cu_seqlens, initial_state=torch.zeros(shape), return_final_state=True)
+        again, final = op(**inputs, cu_seqlens=cu_seqlens, return_final_state=True)
+        torch.testing.assert_close(again, y)
+        torch.testing.assert_close(final, state)
+        torch.testing.assert_close(op(**inputs, cu_seqlens=cu_seqlens), y)
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -1,5 +1,7 @@
 """Causal depthwise convolution over packed sequences."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Convolve each channel of each sequence with its own filter over the last ``K`` rows.
 
     ``y_t[d] = activation(bias[d] + sum_k weight[d, k] x_{t-K+1+k}[d])``; rows before a sequence's first are its

@@ -22,7 +22,9 @@ def preference_attention(
     queries: str = "all",
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention whose scores add a thresholded cosine similarity of the items::
+    """Attend causally, with scores that add a thresholded cosine similarity of the items.
+
+    ::
 
         S_h[i, j] = cos(feature_i, feature_j)  where that exceeds threshold_h, else 0
         out_h[i]  = sum_j softmax_j(w1_h q_i k_j^T / sqrt(P) + w2_h S_h[i, j]) v_j,   j <= i in the same sequence
@@ -67,7 +69,9 @@ def preference_attention(
     choose("preference_attention", backend, ("reference",), q)
     # Scores and softmax are taken in float32 whatever the dtype of the activations.
     compute = torch.promote_types(q.dtype, torch.float32)
-    inputs = [t.to(compute) for t in (q, k, v, feature, score_weight, similarity_weight, threshold)]
+    dtype = q.dtype
+    q, k, v, feature = (t.to(compute) for t in (q, k, v, feature))
+    w1, w2, tau = (t.to(compute) for t in (score_weight, similarity_weight, threshold))
     with torch.autocast(q.device.type, enabled=False):
-        out = preference_attention_reference(*inputs, cu_seqlens, window, queries == "last")
-    return out.to(q.dtype)
+        out = preference_attention_reference(q, k, v, feature, w1, w2, tau, cu_seqlens, window, queries == "last")
+    return out.to(dtype)

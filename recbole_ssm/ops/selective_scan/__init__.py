@@ -1,5 +1,7 @@
 """Selective scan of Mamba-1 (arXiv 2312.00752, eq. 2 and algorithm 2) over packed sequences."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Run a selective state-space model over each sequence; no state passes from one to the next.
 
     Per channel ``d`` and state ``n``, with ``dt = softplus(dt + dt_bias)`` where ``dt_softplus``::
@@ -76,15 +78,15 @@ def selective_scan(
         dt = F.softplus(dt)
     if initial_state is None:
         initial_state = x.new_zeros(state_shape, dtype=compute)
-    inputs = [tensor.to(compute) for tensor in (x, dt, A, B, C, initial_state)]
+    u, dt, A, B, C, initial_state = (tensor.to(compute) for tensor in (x, dt, A, B, C, initial_state))
     if chosen == "cpu":
         from recbole_ssm.ops.selective_scan.cpu import selective_scan_cpu
 
-        y, final_state = selective_scan_cpu(*inputs, cu_seqlens)
+        y, final_state = selective_scan_cpu(u, dt, A, B, C, initial_state, cu_seqlens)
     else:
-        y, final_state = selective_scan_reference(*inputs, cu_seqlens)
+        y, final_state = selective_scan_reference(u, dt, A, B, C, initial_state, cu_seqlens)
     if D is not None:
-        y = y + D.to(compute) * x.to(compute)
+        y = y + D.to(compute) * u
     if z is not None:
         y = y * F.silu(z.to(compute))
     y = y.to(x.dtype)

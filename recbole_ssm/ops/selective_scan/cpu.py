@@ -16,9 +16,17 @@ from torch import Tensor
 GROUPS = 32
 
 
+def _compiled(function):
+    options = {"fastmath": True, "parallel": True, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # neither this folder nor the user's cache can be written: compile anew in each process
+        return numba.njit(function, **options)
+
+
 @numba.njit(fastmath=True, inline="always")
 def _exp(v):
-    """exp for v <= 0, branch-free, so that the loop around it vectorises; off by at most 2e-7.
+    """Exponential of v <= 0, branch-free, so that the loop around it vectorises; off by at most 2e-7.
 
     A decay multiplies a state, so it is the absolute error that counts, above all near 1, where a slow channel raises
     it to the power of the sequence's length. Hence expm1(v/16) as a polynomial q, and then four times
@@ -38,7 +46,7 @@ def _exp(v):
     return q + np.float32(1.0)
 
 
-@numba.njit(fastmath=True, parallel=True, cache=True, error_model="numpy")
+@_compiled
 def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state):
     D, N = A.shape
     for group in prange(len(group_of) - 1):
@@ -60,7 +68,7 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                     y[t, d] = total
 
 
-@numba.njit(fastmath=True, parallel=True, cache=True, error_model="numpy")
+@_compiled
 def _backward(
     x, dt, A, B, C, initial_state, cu_seqlens, group_of, grad_y, grad_final, grad_x, grad_dt, grad_A, grad_B, grad_C,
     grad_initial,

@@ -1,5 +1,7 @@
 """State-space duality (Mamba-2, arXiv 2405.21060) over packed sequences."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def ssd(
     return_final_state: bool = False,
     chunk_size: int = 64,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Run Mamba-2's state-space model over each sequence; no state passes from one to the next.
 
     Per head ``h``, with ``dt = softplus(dt + dt_bias)`` where ``dt_softplus``::
@@ -77,10 +79,10 @@ def ssd(
         dt = F.softplus(dt)
     if initial_state is not None:
         initial_state = initial_state.to(compute)
-    x_, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
+    u, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
-        y, final_state = ssd_reference(x_, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
+        y, final_state = ssd_reference(u, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
     if D is not None:
-        y = y + D.to(compute)[:, None] * x_
+        y = y + D.to(compute)[:, None] * u
     y = y.to(x.dtype)
     return (y, final_state) if return_final_state else y
