@@ -29,6 +29,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             torch.save({"format": FORMAT, **_encode(state)}, file)
             file.flush()
             os.fsync(file.fileno())
+        os.umask(umask := os.umask(0))
+        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's file is its owner's alone
         os.replace(scratch, path)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
@@ -47,7 +49,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file, undocumented
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        if "GLOBAL" in str(error):  # how torch names a Python object that it will not make
             raise UserError(
                 f"{path} holds Python objects, which could run code when loaded (RecBole's own checkpoints do): "
                 "train it again with recbole-ssm."

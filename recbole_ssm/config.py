@@ -6,6 +6,7 @@ import difflib
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import recbole.config
@@ -13,6 +14,8 @@ import yaml
 from recbole.utils import InputType, ModelType
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.models.base import LOSS_TYPES
+from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.registry import MODELS, list_models
 
 TRAIN_MODES = ("sequence", "prefix")
@@ -20,7 +23,7 @@ TIME_ORDERS = ("exact", "float32")
 
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
 COMMAND_OPTIONS = {
-    "model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "group_offset",
+    "config_files", "nproc", "ip", "port", "world_size", "group_offset",
     "list_models", "checkpoint", "mode", "resume", "result_file",
 }  # fmt: skip
 
@@ -73,6 +76,16 @@ class Config(recbole.config.Config):
         except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, OSError, yaml.YAMLError) as error:
             message = error.args[0] if isinstance(error, KeyError) else error
             raise UserError(f"the configuration cannot be used: {message}") from error
+
+    @classmethod
+    def rebuild(cls, given: dict[str, Any], settings: dict[str, Any] | None = None) -> "Config":
+        """The configuration that had this :attr:`given`, with ``settings`` above it and nothing else.
+
+        Property files as they are now are below it, and the command line is not read: what a checkpoint was trained
+        with stays as it was.
+        """
+        changes = {key: _literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
+        return _RebuiltConfig(config_dict={**given, **changes})
 
     def compatibility_settings(self):
         """Names that RecBole uses and NumPy 2 removed; RecBole sets these itself, from names that are gone too."""
@@ -131,9 +144,12 @@ class Config(recbole.config.Config):
             files += [root / "overall.yaml", root / "model" / f"{model}.yaml"]
         if model_class.type == ModelType.SEQUENTIAL:
             files += [root / "dataset" / f"{dataset}.yaml"]
+        load_col = self.internal_config_dict["load_col"]
         for file in files:
             if file.is_file():
                 self._update_internal_config_dict(file)
+        if set(load_col or {}) - {"inter"}:  # RecBole knows that this model needs more than interactions
+            self.internal_config_dict["load_col"] = load_col
         if model in MODELS:
             self._refuse_unknown_keys()
 
@@ -161,16 +177,25 @@ class Config(recbole.config.Config):
 
     def _set_default_parameters(self):
         super()._set_default_parameters()
+        final = self.final_config_dict
+        metric, _, k = final["valid_metric"].lower().partition("@")
+        if metric not in {name.lower() for name in final["metrics"]} or (k and int(k) not in final["topk"]):
+            raise UserError(
+                f"valid_metric {final['valid_metric']} is not among the metrics {final['metrics']} at {final['topk']}: "
+                "set --valid_metric to one that is."
+            )
         if self.model not in MODELS:
             return
-        final = self.final_config_dict
         for key, values in (
-            ("loss_type", ("CE", "BCE", "BPR")),
+            ("loss_type", LOSS_TYPES),
+            ("ssm_backend", BACKENDS),
             ("train_mode", TRAIN_MODES),
             ("time_order", TIME_ORDERS),
         ):
             if final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if final["save_dataloaders"] or final["dataloaders_save_path"]:
+            raise UserError(f"{self.model} makes its loaders anew each time: leave save_dataloaders out.")
         if final["loss_type"] == "BCE":
             final["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
         if final["train_mode"] == "sequence" and final.get("bidirectional"):
@@ -178,6 +203,14 @@ class Config(recbole.config.Config):
                 f"{self.model} reads a sequence in both directions, so it cannot learn from every position at once: "
                 "set train_mode: prefix, or bidirectional: False."
             )
+
+
+class _RebuiltConfig(Config):
+    def _load_variable_config_dict(self, config_dict):
+        return config_dict
+
+    def _load_cmd_line(self):
+        return {}
 
 
 def _literal(text: str):

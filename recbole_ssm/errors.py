@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The commands print the message alone, without a traceback.
     """
+
+
+class BackendUnavailable(UserError, RuntimeError):
+    """A backend that was asked for by name and cannot run here."""

@@ -12,7 +12,15 @@ from typing import Any
 import psutil
 import torch
 from recbole.data.transform import construct_transform
-from recbole.utils import get_environment, get_flops, get_model, init_logger, init_seed, set_color
+from recbole.utils import (
+    calculate_valid_score,
+    get_environment,
+    get_flops,
+    get_model,
+    init_logger,
+    init_seed,
+    set_color,
+)
 
 from recbole_ssm.checkpoint import load_checkpoint
 from recbole_ssm.config import Config
@@ -147,7 +155,7 @@ def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
         for data in (valid_data, test_data)
     )
     result = {
-        "best_valid_score": valid_result and valid_result[config["valid_metric"].lower()],
+        "best_valid_score": valid_result and calculate_valid_score(valid_result, config["valid_metric"].lower()),
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": valid_result,
         "test_result": test_result,
@@ -187,7 +195,10 @@ def _load(model_file: str, settings: dict[str, Any] | None = None):
 
 def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config:
     """The configuration that a checkpoint was trained with, and ``settings`` above it."""
-    return Config(config_dict={**load_checkpoint(model_file)["config"], **(settings or {})})
+    given = load_checkpoint(model_file).get("config")
+    if not given:
+        raise UserError(f"{model_file} does not say what it was trained with; give it to RecBole's own functions.")
+    return Config.rebuild(given, settings)
 
 
 def start_logging(config: Config) -> logging.Logger:
@@ -210,7 +221,12 @@ def load_data(config: Config):
 def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    return get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    try:
+        return get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{config['model']} cannot be built with these settings: {error}.") from error
 
 
 def log_results(logger: logging.Logger, result: dict[str, Any], checkpoint: str | None) -> None:
@@ -240,10 +256,15 @@ def run(
     """
     if nproc == 1 and world_size <= 0:
         return run_recbole(model, dataset, config_file_list, config_dict, saved)
-    if torch.cuda.device_count() < nproc:
+    config = Config(model, dataset, config_file_list, config_dict)
+    named = len(config["gpu_id"].split(","))
+    if torch.cuda.device_count() < nproc or named < nproc:
         raise UserError(
-            f"--nproc={nproc} needs as many GPUs, and this machine has {torch.cuda.device_count()}: leave --nproc out."
+            f"--nproc={nproc} needs as many GPUs; gpu_id names {named} and {torch.cuda.device_count()} can be used: "
+            "name more (--gpu_id=0,1), or leave --nproc out."
         )
+    if config["train_mode"] == "sequence":
+        raise UserError("train_mode: sequence runs in one process: leave --nproc out, or set train_mode: prefix.")
     config_dict = dict(config_dict or {})
     config_dict |= {"world_size": nproc if world_size == -1 else world_size, "ip": ip, "port": port}
     config_dict |= {"nproc": nproc, "offset": group_offset}

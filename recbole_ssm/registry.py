@@ -12,6 +12,7 @@ import sys
 import recbole.data.dataset
 import recbole.model
 import recbole.trainer
+import torch
 
 MODELS = {
     "STARRec": "recbole_ssm.models.starrec",
@@ -22,6 +23,12 @@ MODELS = {
 
 def register() -> None:
     """Make every model of :data:`MODELS` known to RecBole's own look-ups by name."""
+    # RecBole's look-up imports all its sequential models, and one of them (SINE) switches torch's anomaly detection on
+    # for the whole process, which slows every model's backward pass down.
+    anomaly_detection = torch.is_anomaly_enabled()
+    importlib.import_module("recbole.model.sequential_recommender")
+    torch.autograd.set_detect_anomaly(anomaly_detection)
+
     from recbole_ssm.data.sequence_dataset import SequenceDataset
     from recbole_ssm.trainer import SequenceTrainer
 

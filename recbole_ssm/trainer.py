@@ -1,5 +1,6 @@
 """RecBole's trainers, made to survive: safe checkpoints, exact resume, clear ends, and a record of time spent."""
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 import recbole.utils
 import torch
 from recbole.trainer import Trainer
+from recbole.utils import get_local_time
 
 from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from recbole_ssm.errors import UserError
@@ -38,16 +40,27 @@ class DurableTraining(Trainer):
     One checkpoint file serves all: its ``state_dict`` is the best epoch's model, which evaluation loads, and its
     ``resume`` part is the whole state after the latest evaluated epoch, which :meth:`resume_checkpoint` continues
     from, bit for bit.
+
+    Attributes:
+        resumable: whether that state is all of the run's; some of RecBole's trainers keep more.
     """
+
+    resumable = True
 
     def __init__(self, config, model):
         super().__init__(config, model)
+        # RecBole names the file by the second, which two runs started together share.
+        name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{os.getpid()}.pth"]
+        if not config["single_spec"]:
+            torch.distributed.broadcast_object_list(name)
+        self.saved_model_file = os.path.join(self.checkpoint_dir, name[0])
         self.timings = Timings()
         self._epoch = 0
         self._best: dict[str, Any] | None = None
         self._written_epoch: int | None = None
         self._resume: dict[str, Any] | None = None
         self._train_data: Any = None
+        self._validates = False
 
     def fit(
         self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None
@@ -59,16 +72,18 @@ class DurableTraining(Trainer):
             KeyboardInterrupt: on Ctrl-C, with a message that says how to go on.
         """
         self._train_data = train_data
+        self._validates = bool(valid_data) and self.eval_step > 0
         if self._resume is not None:
             set_random_state(self._resume["random"])
             if "loader" in self._resume:
                 train_data.generator.set_state(self._resume["loader"].cpu())
             if self.start_epoch >= self.epochs or self.cur_step > self.stopping_step:
                 self.logger.info("This run had ended; nothing is left to train")
+                self.eval_collector.data_collect(train_data)
                 return self.best_valid_score, self.best_valid_result
 
         def after_evaluation(epoch_idx, valid_score):
-            if saved and self._written_epoch != epoch_idx:
+            if saved:
                 self._write_checkpoint(epoch_idx)
             if callback_fn:
                 callback_fn(epoch_idx, valid_score)
@@ -99,6 +114,8 @@ class DurableTraining(Trainer):
         if not eval_data:
             return None
         if load_best_model:
+            if not self.config["single_spec"]:
+                torch.distributed.barrier()  # rank 0 writes the file
             file = model_file or self.saved_model_file
             self._load_model(load_checkpoint(file, self.device))
             self.logger.info(f"Loading model structure and parameters from {file}")
@@ -123,17 +140,21 @@ class DurableTraining(Trainer):
             )
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
-        """The epoch is the best so far: keep its weights, then write the file."""
+        """The epoch is the best so far: keep its weights.
+
+        The file is written once RecBole has noted the epoch's result too, after its evaluation.
+        """
         self._best = {
             "epoch": epoch,
             "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()},
             "other_parameter": self.model.other_parameter(),
         }
-        self._write_checkpoint(epoch, **kwargs)
+        if not self._validates:
+            self._write_checkpoint(epoch)
         if verbose:
-            self.logger.info(f"Saving current: {kwargs.get('saved_model_file', self.saved_model_file)}")
+            self.logger.info(f"Saving current: {self.saved_model_file}")
 
-    def _write_checkpoint(self, epoch: int, saved_model_file: str | None = None) -> None:
+    def _write_checkpoint(self, epoch: int) -> None:
         if self.config["local_rank"] != 0:
             return
         resume: dict[str, Any] = {
@@ -153,12 +174,12 @@ class DurableTraining(Trainer):
             "resume": resume,
             **(self._best or {"epoch": epoch, "state_dict": resume["state_dict"]}),
         }
-        save_checkpoint(saved_model_file or self.saved_model_file, state)
+        save_checkpoint(self.saved_model_file, state)
         self._written_epoch = epoch
 
     def save_pretrained_model(self, epoch, saved_model_file):
         """As RecBole's, for its models with a pre-training stage, in a file that torch loads without running code."""
-        state = {"epoch": epoch, "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"config": getattr(self.config, "given", {}), "epoch": epoch, "state_dict": self.model.state_dict()}
         save_checkpoint(saved_model_file, {**state, "other_parameter": self.model.other_parameter()})
         self.saved_model_file = saved_model_file
 
@@ -166,12 +187,27 @@ class DurableTraining(Trainer):
         """Take up a run after the latest epoch that its checkpoint holds; later ones are written to the same file.
 
         Raises:
-            UserError: for a file that is no checkpoint, or one of another model or data.
+            UserError: for a file that is no checkpoint, or one of another model, data or optimizer; and for the
+                models of RecBole whose own trainers keep more state than a checkpoint holds.
         """
+        if not self.resumable:
+            raise UserError(
+                f"{type(self).__name__} of {self.config['model']} keeps state that a checkpoint does not hold: "
+                "train it again from the start."
+            )
         state = load_checkpoint(resume_file, self.device)
+        if "resume" not in state:
+            raise UserError(f"{resume_file} holds a model, but no run that could be continued.")
         resume = state.pop("resume")
         self._load_model({**state, "state_dict": resume["state_dict"]})
+        if state["config"].get("learner") != self.learner:
+            raise UserError(
+                f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "
+                "cannot take over: leave --learner out."
+            )
         self.optimizer.load_state_dict(resume["optimizer"])
+        for group in self.optimizer.param_groups:  # the state brings its own, whatever the settings say now
+            group.update(lr=self.learning_rate, weight_decay=self.weight_decay)
         self.saved_model_file = str(resume_file)
         self.start_epoch, self.cur_step = resume["epoch"] + 1, resume["cur_step"]
         self.best_valid_score, self.best_valid_result = state["best_valid_score"], state["best_valid_result"]
@@ -188,7 +224,7 @@ class SequenceTrainer(DurableTraining):
 def _durable(trainer_class: type) -> type:
     if issubclass(trainer_class, DurableTraining) or not issubclass(trainer_class, Trainer):
         return trainer_class  # RecBole's decision trees have a trainer and files of their own
-    return type(trainer_class.__name__, (DurableTraining, trainer_class), {})
+    return type(trainer_class.__name__, (DurableTraining, trainer_class), {"resumable": trainer_class is Trainer})
 
 
 def get_trainer(model_type, model_name: str) -> type:

@@ -1,6 +1,7 @@
 """Precedence, strictness, and every shipped property file."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def test_known_to_recbole_by_name(model):
     config = Config(model, "ml-100k")
     assert recbole.utils.get_trainer(config["MODEL_TYPE"], model).__name__ == "SequenceTrainer"
     assert getattr(sys.modules["recbole.data.dataset"], model + "Dataset").__name__ == "SequenceDataset"
+
+
+def test_anomaly_detection_stays_off():
+    """RecBole's SINE switches it on when it is imported, for every model in the process."""
+    script = (
+        "import torch, recbole_ssm, recbole.utils as u; "
+        "u.get_model('SINE'); u.get_model('STARRec'); print(torch.is_anomaly_enabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_list_models():
@@ -80,6 +91,10 @@ REFUSED = {
     "mode": ({"train_mode": "rows"}, "train_mode is 'rows': choose one of sequence, prefix"),
     "time": ({"time_order": "int"}, "time_order is 'int': choose one of exact, float32"),
     "metric": ({"metrics": ["NDGC"]}, "no metric named 'NDGC'"),
+    "backend": ({"ssm_backend": "gpu"}, "ssm_backend is 'gpu': choose one of auto, reference, cpu"),
+    "cut-off": ({"topk": 20}, r"valid_metric NDCG@10 is not among the metrics .* at \[20\]"),
+    "measure": ({"metrics": "Hit"}, "valid_metric NDCG@10 is not among the metrics"),
+    "loaders": ({"save_dataloaders": True}, "leave save_dataloaders out"),
     "negatives with CE": ({"train_neg_sample_args": {"distribution": "uniform"}}, "should be None"),
 }
 
@@ -108,6 +123,19 @@ def test_a_scripts_own_flags_are_left_to_it(monkeypatch, caplog):
     assert "result_file" not in caplog.text
 
 
+def test_a_script_can_name_model_and_dataset(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model=STARRec", "--dataset=ml-1m"])
+    config = Config()
+    assert (config["model"], config["dataset"], config["MAX_ITEM_LIST_LENGTH"]) == ("STARRec", "ml-1m", 200)
+
+
+@pytest.mark.parametrize("model", ["GRU4RecF", "DIN", "GRU4RecKG"])
+def test_what_recbole_loads_for_its_own_models_stays(model):
+    config = Config(model, "ml-100k")
+    assert set(config["load_col"]) > {"inter"}
+    assert config["MAX_ITEM_LIST_LENGTH"] == 200
+
+
 def test_unknown_model_names_the_nearest():
     with pytest.raises(UserError, match="unknown model 'StarRec', did you mean 'STARRec'"):
         Config("StarRec", "ml-100k")
@@ -124,7 +152,7 @@ def test_given_rebuilds_the_configuration():
     first = Config(
         "SSD4Rec", "ml-1m", config_dict={"gpu_id": "0", "topk": 5, "metrics": "NDCG", "valid_metric": "NDCG@5"}
     )
-    again = Config(config_dict=first.given)
+    again = Config.rebuild(first.given)
     assert again.final_config_dict == first.final_config_dict
 
 

@@ -25,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", "-m", default="STARRec", help="name of the model (default: STARRec)")
-    parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
+    parser.add_argument("--model", "-m", help="name of the model (default: STARRec)")
+    parser.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
     parser.add_argument("--config_files", help="YAML files with settings, separated by spaces; later ones win")
     parser.add_argument("--list_models", action="store_true", help="print the names of all models and exit")
     parser.add_argument("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
@@ -83,11 +83,14 @@ def main() -> int:
             raise UserError("--mode evaluate needs --checkpoint FILE.")
         if args.mode == "train" and args.checkpoint is not None:
             raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
+        if (args.resume or args.checkpoint) and (args.model or args.dataset or files):
+            raise UserError("--model, --dataset and --config_files are those of the checkpoint: leave them out.")
+        model, dataset = args.model or "STARRec", args.dataset or "ml-100k"
         if args.nproc != 1 or args.world_size > 0:
             if args.result_file or args.resume or args.checkpoint:
                 raise UserError("--nproc goes with training from the start and without --result_file.")
             quick_start.run(
-                args.model, args.dataset, files, settings, True,
+                model, dataset, files, settings, True,
                 args.nproc, args.world_size, args.ip, args.port, args.group_offset,
             )  # fmt: skip
             return 0
@@ -96,13 +99,13 @@ def main() -> int:
         elif args.resume:
             run = quick_start.train_and_test(quick_start.config_of(args.resume, settings), resume_file=args.resume)
         else:
-            run = quick_start.train_and_test(Config(args.model, args.dataset, files, settings))
+            run = quick_start.train_and_test(Config(model, dataset, files, settings))
         if args.result_file:
             run.write(args.result_file)
     except UserError as error:
         print(f"run_recbole: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nrun_recbole: {interrupt or 'interrupted before training began.'}", file=sys.stderr)
+        print(f"\nrun_recbole: {interrupt or 'interrupted.'}", file=sys.stderr)
         return 130
     return 0

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import recbole.data.dataset
 import torch
-from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data import dataset as recbole_datasets
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
@@ -18,7 +17,7 @@ from recbole_ssm.errors import UserError
 HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
 
 
-class AtomicFiles(Dataset):
+class AtomicFiles(recbole_datasets.Dataset):
     """What goes in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
 
     def _download(self):
@@ -41,11 +40,11 @@ class AtomicFiles(Dataset):
                 f"of that name. {remedy}"
             )
         self.logger.info(f"Prepare to download dataset [{self.dataset_name}] from [{url}].")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if not decide_download(url):
+                raise UserError(f"dataset {self.dataset_name} was not downloaded. {remedy}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                if not decide_download(url):
-                    raise UserError(f"dataset {self.dataset_name} was not downloaded. {remedy}")
                 unpacked = Path(scratch) / self.dataset_name
                 archive = download_url(url, str(unpacked))
                 extract_zip(archive, str(unpacked))
@@ -58,21 +57,35 @@ class AtomicFiles(Dataset):
                 f"failed ({error}). {remedy}"
             ) from error
 
+    def _load_inter_feat(self, token, dataset_path):
+        names = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or []] or [f"{token}.inter"]
+        for name in names:
+            if not Path(dataset_path, name).is_file():
+                found = ", ".join(sorted(path.name for path in Path(dataset_path).iterdir())) or "nothing"
+                raise UserError(f"{dataset_path} holds no {name} (it holds {found}): put the interactions there.")
+        super()._load_inter_feat(token, dataset_path)
+
     def _load_feat(self, filepath, source):
-        _check_header(Path(filepath), self.config["field_separator"], self.config["encoding"])
         try:
+            _check_header(Path(filepath), self.config["field_separator"], self.config["encoding"])
             feat = super()._load_feat(filepath, source)
+        except UserError:
+            raise
+        except UnicodeDecodeError as error:
+            raise UserError(f"{filepath} is not in UTF-8 ({error}): convert it, or set --encoding.") from error
         except ValueError as error:
             raise UserError(f"{filepath} cannot be read: {error}") from error
         except AttributeError as error:  # under pandas 3 RecBole fills a copy of the empty places
             raise UserError(f"{filepath} has an empty place in a column of lists: fill it in.") from error
-        if source == FeatureSource.INTERACTION and feat is not None:
+        if source == FeatureSource.INTERACTION:
             self._check_interactions(Path(filepath), feat)
         return feat
 
     def _check_interactions(self, path: Path, feat) -> None:
+        if feat is None:
+            raise UserError(f"load_col ({self.config['load_col']}) names no column of {path}.")
         needed = [self.uid_field, self.iid_field]
-        sequential = isinstance(self, SequentialDataset)
+        sequential = isinstance(self, recbole_datasets.SequentialDataset)
         if sequential and self.config["benchmark_filename"] is None:
             needed.append(self.time_field)
         missing = [field for field in needed if field is not None and field not in feat]
@@ -81,8 +94,8 @@ class AtomicFiles(Dataset):
                 f"{path} has no column {' and '.join(missing)} (it has {', '.join(feat.columns)}): add it to the file, "
                 "or name the right one by USER_ID_FIELD, ITEM_ID_FIELD or TIME_FIELD."
             )
-        if feat.empty:
-            raise UserError(f"{path} has a header but no interactions.")
+        if self.time_field in needed and self.field2type[self.time_field] != FeatureType.FLOAT:
+            raise UserError(f"{path} has {self.time_field}:{self.field2type[self.time_field].value}: make it float.")
 
     def _reset_index(self):
         if self.inter_feat.empty:
@@ -112,6 +125,15 @@ class AtomicFiles(Dataset):
                 feat[field] = part
             self.field2id_token.setdefault(field, tokens)
             self.field2token_id.setdefault(field, token_ids)
+
+    def _benchmark_presets(self):
+        """As RecBole's, which counts on ``Series.agg`` as well."""
+        suffix = self.config["LIST_SUFFIX"]
+        for field in [field for field in self.inter_feat if field + suffix in self.inter_feat]:
+            setattr(self, f"{field}_list_field", field + suffix)
+        length = self.config["ITEM_LIST_LENGTH_FIELD"]
+        self.set_field_property(length, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.inter_feat[length] = self.inter_feat[self.iid_field + suffix].map(len)
 
     def _fill_nan(self):
         """As RecBole's, which fills a copy in pandas 3: ids by 0, numbers by their mean, lists by empty ones."""
@@ -156,7 +178,7 @@ def hardened(dataset_class: type) -> type:
 
 def __getattr__(name: str):
     """Lets pickle find a hardened class by its name, for RecBole's ``save_dataset``."""
-    base = getattr(recbole.data.dataset, name, None)
+    base = getattr(recbole_datasets, name, None)
     if isinstance(base, type):
         return hardened(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

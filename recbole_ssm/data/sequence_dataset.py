@@ -46,6 +46,14 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
             )[column]
         return feat
 
+    def _remove_duplication(self):
+        """As RecBole's, but ties keep file order: RecBole sorts by an unstable method and leaves the rows sorted."""
+        keep = self.config["rm_dup_inter"]
+        if keep is not None:
+            by_time = self.inter_feat.sort_values(self.time_field, kind="stable")
+            pairs = [self.uid_field, self.iid_field]
+            self.inter_feat = by_time.drop_duplicates(subset=pairs, keep=keep).sort_index()
+
     def _remap_ID_all(self):
         super()._remap_ID_all()
         # Taken here, between the filters and RecBole's normalisation and float32 conversion.
@@ -117,7 +125,8 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         # Places past a row's end would point behind its target; they read the target and are zeroed.
         places = torch.minimum((target - length)[..., None] + column, target[..., None])
         real = column < length[..., None]
-        rows.update(Interaction({self.item_id_list_field: self.sorted_items[places] * real}))
+        item_list = self.iid_field + self.config["LIST_SUFFIX"]
+        rows.update(Interaction({item_list: self.sorted_items[places] * real}))
         return rows
 
     def inter_matrix(self, form="coo", value_field=None):

@@ -68,7 +68,6 @@ class SequenceDataLoader(DataLoader):
         self._start, first = np.unique(dataset.user_start.numpy()[targets], return_inverse=True)
         self._stop = np.zeros_like(self._start)
         np.maximum.at(self._stop, first, targets)  # the last target is predicted, never read
-        self._users = dataset.inter_feat[dataset.uid_field]
         negative = config["train_neg_sample_args"]
         self._negatives = 0 if negative["distribution"] == "none" else negative["sample_num"]
         self._epoch = 0
@@ -126,6 +125,8 @@ class _Windows(Dataset):
         self._loader = loader
 
     def __getattr__(self, name: str):
+        if name == "_loader":  # while it is being unpickled in a worker
+            raise AttributeError(name)
         return getattr(self._loader._dataset, name)
 
     def __getitems__(self, windows: np.ndarray) -> SequenceBatch:

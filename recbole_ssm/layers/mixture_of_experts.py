@@ -51,7 +51,7 @@ def expert_diversity(experts: Tensor) -> Tensor:
     count = experts.shape[0]
     if count < 2:
         return experts.new_zeros(())
-    direction = F.normalize(experts.float(), dim=-1)
+    direction = F.normalize(experts.to(torch.promote_types(experts.dtype, torch.float32)), dim=-1)
     cosine = torch.einsum("imd,jmd->mij", direction, direction)
     off_diagonal = cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)
     return off_diagonal.mean() / (count * (count - 1))
@@ -66,5 +66,5 @@ def load_balance(gate: Tensor) -> Tensor:
     Args:
         gate: ``[M, E]``, rows summing to 1.
     """
-    share = gate.float().mean(0)
+    share = gate.mean(0, dtype=torch.promote_types(gate.dtype, torch.float32))
     return gate.shape[1] * share.square().sum() - 1

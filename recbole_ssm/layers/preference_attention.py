@@ -28,7 +28,7 @@ class PreferenceAwareAttention(nn.Module):
         window: attend to at most this many latest positions; all where absent.
 
     Raises:
-        ValueError: where ``n_heads`` does not divide ``d``, or the thresholds are not one a head.
+        ValueError: where ``n_heads`` does not divide ``d``, the thresholds are not one a head, or the window is empty.
     """
 
     threshold: Tensor
@@ -45,6 +45,8 @@ class PreferenceAwareAttention(nn.Module):
         super().__init__()
         if hidden_size % n_heads:
             raise ValueError(f"n_heads {n_heads} does not divide hidden_size {hidden_size}")
+        if window is not None and window < 1:
+            raise ValueError(f"attention_window is {window}, but at least the position itself must be seen")
         threshold = torch.as_tensor(similarity_threshold, dtype=torch.float32)
         if threshold.dim() and threshold.shape != (n_heads,):
             raise ValueError(f"similarity_threshold has {threshold.numel()} values for n_heads {n_heads}")

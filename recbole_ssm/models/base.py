@@ -96,6 +96,8 @@ class PackedRecommender(SequentialRecommender):
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
         """Loss of one batch, as RecBole's trainer calls it."""
         if isinstance(interaction, SequenceBatch):
+            if not self.causal:
+                raise UserError(f"{type(self).__name__} would see the targets at once: set train_mode: prefix.")
             batch = interaction
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
             return self.loss(hidden, batch.targets, batch.negatives)
@@ -118,7 +120,8 @@ class PackedRecommender(SequentialRecommender):
     def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state at the last item of each padded row, ``[B, d]``."""
         size = ITEMS_PER_BLOCK.get(item_seq.device.type, ITEMS_PER_BLOCK_ELSEWHERE)
-        block = (item_seq_len.cumsum(0) - item_seq_len) // size
+        read = self.items_read(item_seq_len)
+        block = (read.cumsum(0) - read) // size
         sizes = block.unique_consecutive(return_counts=True)[1].tolist()
         blocks = zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)
         if len(sizes) > 1 and torch.is_grad_enabled():
@@ -126,7 +129,13 @@ class PackedRecommender(SequentialRecommender):
             return torch.cat([checkpoint(self._encode_block, *rows, use_reentrant=False) for rows in blocks])
         return torch.cat([self._encode_block(*rows) for rows in blocks])
 
+    def items_read(self, item_seq_len: Tensor) -> Tensor:
+        """How many items the model works on for rows of these lengths, ``[B]``."""
+        return item_seq_len
+
     def _encode_block(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        if bool((item_seq_len == 0).any()):
+            raise UserError("a row has an empty history, from which nothing can be predicted: leave such rows out.")
         items, cu_seqlens = pack(item_seq, item_seq_len)
         return self.encode(items, cu_seqlens, read=last_rows(cu_seqlens), last=True)
 

@@ -89,6 +89,10 @@ class SSD4Rec(PackedRecommender):
             hidden = layer(hidden, cu_seqlens)
         return self.layers[-1](hidden, cu_seqlens, read)
 
+    def items_read(self, item_seq_len: Tensor) -> Tensor:
+        """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""
+        return item_seq_len if self.var_len else torch.full_like(item_seq_len, self.max_seq_length)
+
     def _fix_length(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """The fixed-length input that the paper compares with: masks in front, up to the maximum length."""
         reversed_items = pad(items[flip_rows(cu_seqlens)], cu_seqlens)

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from recbole_ssm.errors import BackendUnavailable
+
 BACKENDS = ("auto", "reference", "cpu")
 
 
@@ -28,13 +30,13 @@ def choose(op: str, backend: str, available: tuple[str, ...], tensor: torch.Tens
 
     Raises:
         ValueError: for a name that is no backend.
-        RuntimeError: for a backend that was asked for by name and cannot run here, with the reason.
+        BackendUnavailable: for a backend that was asked for by name and cannot run here, with the reason.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown ssm_backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     reason = "" if backend in ("auto", "reference") else _why_not(op, backend, available, tensor)
     if reason:
-        raise RuntimeError(f"the {backend} backend of {op} cannot run here: {reason}")
+        raise BackendUnavailable(f"the {backend} backend of {op} cannot run here: {reason}.")
     if backend == "auto":
         backend = "reference" if _why_not(op, "cpu", available, tensor) else "cpu"
         _announce(op, backend, tensor.device.type, tensor.dtype)

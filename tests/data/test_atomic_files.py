@@ -4,13 +4,14 @@ import pickle
 from pathlib import Path
 
 import pytest
-from recbole.data.dataset import SequentialDataset
+from recbole.data.dataset import Dataset, SequentialDataset
 
+from recbole_ssm import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.atomic_files import AtomicFiles, hardened
 from recbole_ssm.errors import UserError
 
-from ..conftest import HEADER, random_rows, small_config, write_dataset
+from ..conftest import HEADER, build, random_rows, small_config, write_dataset
 
 BAD_FILES = {
     "nothing at all": ([], None, "tiny.inter is empty: its first line should read like user_id:token"),
@@ -20,6 +21,7 @@ BAD_FILES = {
     "commas": (["u,i,1"], HEADER.replace("\t", ","), "bad header: column 'user_id:token,item_id"),
     "no time": (["u\ti"], "user_id:token\titem_id:token", r"no column timestamp \(it has user_id, item_id\)"),
     "no item": (["u\t1"], "user_id:token\ttimestamp:float", "no column item_id"),
+    "times that are names": (["u\ti\t1"], HEADER.replace("float", "token"), "has timestamp:token: make it float"),
     "words for times": (["u\ti\tnoon"], HEADER, "cannot be read: .*timestamp:float"),
 }
 
@@ -32,10 +34,8 @@ def test_bad_file(lines, header, message, model):
         create_dataset(small_config(model) if model == "Mamba4Rec" else recbole_config(model))
 
 
-def recbole_config(model):
-    from recbole_ssm import Config
-
-    return Config(model, "tiny", config_dict={"state": "ERROR", "data_path": "dataset"})
+def recbole_config(model, **settings):
+    return Config(model, "tiny", config_dict={"state": "ERROR", "data_path": "dataset", **settings})
 
 
 def test_filters_that_leave_nothing():
@@ -45,9 +45,7 @@ def test_filters_that_leave_nothing():
 
 
 def test_unknown_dataset():
-    with pytest.raises(
-        UserError, match=r"dataset nowhere not found: there is no folder dataset/nowhere\..*--data_path"
-    ):
+    with pytest.raises(UserError, match=r"dataset nowhere not found: there is no folder dataset/nowhere,.*--data_path"):
         create_dataset(small_config("Mamba4Rec", "nowhere"))
 
 
@@ -57,6 +55,20 @@ def test_failed_download_leaves_nothing(monkeypatch):
 
     monkeypatch.setattr("recbole_ssm.data.atomic_files.decide_download", unreachable)
     with pytest.raises(UserError, match=r"lastfm not found.*download from .* failed \(no route to host\)"):
+        create_dataset(small_config("Mamba4Rec", "lastfm"))
+    assert not Path("dataset").exists()
+
+
+def test_broken_download_leaves_nothing(monkeypatch):
+    monkeypatch.setattr("recbole_ssm.data.atomic_files.decide_download", lambda url: True)
+
+    def broken(url, folder):
+        Path(folder).mkdir()
+        Path(folder, "half.zip").write_bytes(b"half")
+        raise RuntimeError("Stopped downloading due to interruption.")
+
+    monkeypatch.setattr("recbole_ssm.data.atomic_files.download_url", broken)
+    with pytest.raises(UserError, match=r"lastfm not found.*Stopped downloading"):
         create_dataset(small_config("Mamba4Rec", "lastfm"))
     assert list(Path("dataset").iterdir()) == []
 
@@ -76,14 +88,11 @@ def test_download_is_unpacked_and_named(monkeypatch, tmp_path):
 
 def test_missing_side_features_are_filled():
     """Under pandas 3 RecBole fills a copy of them, and its conversion to tensors fails."""
-    from recbole_ssm import Config
-
     write_dataset("tiny", random_rows())
     Path("dataset/tiny/tiny.item").write_text(
         "item_id:token\tprice:float\tbrand:token\n" + "".join(f"i{k}\t{k or ''}\t{'b' * (k % 2)}\n" for k in range(30))
     )
-    config = Config("FM", "tiny", config_dict={"state": "ERROR", "data_path": "dataset", "load_col": None})
-    dataset = create_dataset(config)
+    dataset = create_dataset(recbole_config("FM", load_col=None))
     dataset.build()
     features = dataset.get_item_feature()
     assert features["price"].isfinite().all()
@@ -97,10 +106,58 @@ def test_saved_dataset_is_loaded_again():
     first = create_dataset(config)
     write_dataset("tiny", random_rows(seed=1))
     assert create_dataset(config).inter_num == first.inter_num
-    assert create_dataset(small_config("Mamba4Rec", checkpoint_dir="kept", time_order="float32")) is not first
+    other_order = create_dataset(small_config("Mamba4Rec", checkpoint_dir="kept", time_order="float32"))
+    assert other_order.inter_num != first.inter_num  # read from the new file
+
+
+def test_recboles_own_datasets_are_saved_and_loaded():
+    write_dataset("tiny", random_rows())
+    config = recbole_config("SASRec", save_dataset=True, checkpoint_dir="kept")
+    first = create_dataset(config)
+    Path("dataset/tiny/tiny.inter").unlink()
+    assert create_dataset(config).inter_num == first.inter_num
 
 
 def test_hardened_classes_pickle():
-    cls = hardened(SequentialDataset)
-    assert pickle.loads(pickle.dumps(cls)) is cls
-    assert hardened(cls) is cls
+    for base in (Dataset, SequentialDataset):
+        cls = hardened(base)
+        assert pickle.loads(pickle.dumps(cls)) is cls is not base
+        assert hardened(cls) is cls
+
+
+def test_a_folder_without_the_file_says_what_it_holds():
+    write_dataset("tiny", random_rows()).rename("dataset/tiny/data.inter")
+    with pytest.raises(UserError, match=r"dataset/tiny holds no tiny\.inter \(it holds data\.inter\)"):
+        create_dataset(small_config("Mamba4Rec"))
+
+
+def test_another_encoding():
+    path = write_dataset("tiny", [])
+    path.write_bytes(path.read_bytes() + "u\tcaf\u00e9\t1\nu\ttea\t2\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not in UTF-8"):
+        create_dataset(small_config("Mamba4Rec"))
+    dataset = create_dataset(small_config("Mamba4Rec", encoding="latin-1"))
+    assert "caf\u00e9" in dataset.field2token_id["item_id"]
+
+
+def test_a_split_made_beforehand():
+    """RecBole's rows in files of their own; the models pack them."""
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token"
+    for part, target in (("train", "d"), ("valid", "e"), ("test", "f")):
+        path = write_dataset("tiny", [f"u\ta b c\t{target}", f"v\tb\t{target}"], header)
+        path.rename(f"dataset/tiny/tiny.{part}.inter")
+    settings = {
+        "benchmark_filename": ["train", "valid", "test"], "alias_of_item_id": ["item_id_list"], "train_mode": "prefix",
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+    }  # fmt: skip
+    _, model, (train_data, _, test_data) = build("STARRec", **settings)
+    (batch,) = list(train_data)
+    assert sorted(batch["item_length"].tolist()) == [1, 3]
+    loss = model.calculate_loss(batch)
+    assert sum(loss).isfinite()
+    assert model.eval().full_sort_predict(next(iter(test_data))[0]).shape == (2, 7)
+    with pytest.raises(UserError, match="not benchmark_filename; set train_mode: prefix"):
+        build("STARRec", **{**settings, "train_mode": "sequence"})
+    batch["item_length"][0] = 0
+    with pytest.raises(UserError, match="a row has an empty history"):
+        model.calculate_loss(batch)

@@ -52,7 +52,7 @@ def test_exact_time_tells_seconds_apart_where_float32_does_not():
     assert tokens_in_order(small_config("Mamba4Rec")) == ["i5", "i4", "i3", "i2", "i1", "i0"]
     _, valid, test = create_dataset(small_config("Mamba4Rec")).build()
     for part, last in ((valid, "i1"), (test, "i0")):
-        assert part.id2token("item_id", part.inter_feat["item_id"]) == [last]
+        assert part.id2token("item_id", part.inter_feat["item_id"]) == last
     assert tokens_in_order(small_config("Mamba4Rec", time_order="float32")) == ["i0", "i1", "i2", "i3", "i4", "i5"]
 
 
@@ -156,6 +156,23 @@ def test_histories_that_cannot_be_used(lines, message):
     write_dataset("tiny", lines)
     with pytest.raises(UserError, match=message):
         create_dataset(small_config("Mamba4Rec")).build()
+
+
+def test_columns_of_other_names():
+    write_dataset("tiny", random_rows(), "customer:token\tsku:token\twhen:float")
+    names = {"USER_ID_FIELD": "customer", "ITEM_ID_FIELD": "sku", "TIME_FIELD": "when"}
+    for mode in ("sequence", "prefix"):
+        _, model, (train_data, _, test_data) = build("Mamba4Rec", train_mode=mode, **names)
+        assert model.calculate_loss(next(iter(train_data))).isfinite()
+        interaction = next(iter(test_data))[0]
+        assert model.eval().full_sort_predict(interaction).shape == (40, 31)
+        assert (interaction["sku_list"][:, 0] > 0).all()
+
+
+def test_removed_duplicates_leave_ties_in_file_order():
+    lines = [f"u\ti{k % 500}\t7" for k in range(1000)]
+    write_dataset("tiny", lines)
+    assert tokens_in_order(small_config("Mamba4Rec", rm_dup_inter="first")) == [f"i{k}" for k in range(500)]
 
 
 def test_sampled_evaluation_runs():

@@ -6,7 +6,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
-from recbole_ssm import run_recbole
+from recbole_ssm import UserError, run_recbole
 from recbole_ssm.models.base import ITEMS_PER_BLOCK
 from recbole_ssm.registry import MODELS
 
@@ -107,15 +107,23 @@ def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
 
 
 @every_model
-@pytest.mark.parametrize("train_mode", ["sequence", "prefix"])
-def test_bfloat16_autocast(name, train_mode):
-    extra = {"bidirectional": False} if name == "SSD4Rec" else {}
-    _, model, (train_data, _, _) = build(name, train_mode=train_mode, **extra)
+@pytest.mark.parametrize("settings", [{}, {"train_mode": "prefix"}], ids=["default mode", "prefix mode"])
+def test_bfloat16_autocast(name, settings):
+    _, model, (train_data, _, _) = build(name, **settings)
     with torch.autocast("cpu"):
         loss = total(model.train().calculate_loss(next(iter(train_data))))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_model
+def test_a_model_that_sees_the_future_refuses_whole_histories(name):
+    _, model, _ = build(name)
+    _, _, (histories, _, _) = build("Mamba4Rec")
+    model.causal = False
+    with pytest.raises(UserError, match="would see the targets at once: set train_mode: prefix"):
+        model.calculate_loss(next(iter(histories)))
 
 
 @every_model

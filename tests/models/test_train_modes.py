@@ -11,10 +11,13 @@ from ..conftest import build, small_config, write_dataset
 
 @pytest.mark.parametrize("name", ["STARRec", "Mamba4Rec"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_sequence_mode_equals_prefix_rows(name, num_layers):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-7)], ids=str)
+def test_sequence_mode_equals_prefix_rows(name, num_layers, dtype, tolerance):
+    """Float32 through the compiled scan, float64 through the reference; errors are relative to the largest gradient."""
     settings = {"dropout_prob": 0.0, "num_layers": num_layers, "train_batch_size": 10_000, "MAX_ITEM_LIST_LENGTH": 30}
     _, model, (sequences, _, _) = build(name, train_mode="sequence", **settings)
     _, _, (prefixes, _, _) = build(name, train_mode="prefix", **settings)
+    model.to(dtype)
     results = []
     for loader in (sequences, prefixes):
         (batch,) = list(loader)
@@ -25,12 +28,11 @@ def test_sequence_mode_equals_prefix_rows(name, num_layers):
         results.append((len(batch), loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
     (count, loss, gradients), (expected_count, expected_loss, expected) = results
     assert count == expected_count
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    scale = max(gradient.abs().max() for gradient in expected.values())
     for parameter, gradient in gradients.items():
-        scale = expected[parameter].abs().max()
-        torch.testing.assert_close(
-            gradient / scale, expected[parameter] / scale, rtol=0, atol=2e-5, msg=lambda m, p=parameter: f"{p}: {m}"
-        )
+        difference = (gradient - expected[parameter]).abs().max() / scale
+        assert difference < tolerance, f"{parameter}: {difference}"
 
 
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])

@@ -127,7 +127,7 @@ def test_causal_conv(lengths, dtype, taps):
     check(outputs, inputs, truth, dtype, DTYPES[dtype])
 
 
-@pytest.mark.parametrize("lengths", [[1], [2], [63], [3, 1, 17, 0, 2]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [2], [63], [3, 1, 17, 10, 0, 2]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metrics", [1, 3], ids=["one metric", "metric a head"])
 @pytest.mark.parametrize("window", [None, 4])

@@ -41,7 +41,7 @@ def causal_conv(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or backend.
-        RuntimeError: a backend that cannot run here.
+        BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, x=x)
     if weight.dim() != 2 or weight.shape[0] != x.shape[1]:

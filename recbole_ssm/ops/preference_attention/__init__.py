@@ -51,7 +51,7 @@ def preference_attention(
     Raises:
         ValueError: shapes that do not fit, an unknown ``queries`` or backend, a window below 1, ``last`` with an
             empty sequence.
-        RuntimeError: a backend that cannot run here.
+        BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, q=q, k=k, v=v, feature=feature)
     heads = q.shape[1]

@@ -37,7 +37,8 @@ def preference_attention_reference(
         i = last if last_only else torch.arange(rows.shape[1], device=q.device)[None]  # query positions [n or 1, Lq]
         query_rows = rows.gather(1, i) if last_only else rows
         j = torch.arange(rows.shape[1], device=q.device)
-        visible = (j <= i[..., None]) & real[:, None, :]
+        # A place past its sequence's end is never seen from within; what it sees itself is dropped below.
+        visible = j <= i[..., None]
         if window is not None:
             visible = visible & (i[..., None] - j < window)
 

@@ -56,7 +56,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
-        RuntimeError: a backend that cannot run here.
+        BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, x=x, dt=dt, B=B, C=C, z=z)
     if A.shape != (x.shape[1], B.shape[1]) or C.shape != B.shape or dt.shape != x.shape:

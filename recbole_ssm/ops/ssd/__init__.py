@@ -57,7 +57,7 @@ def ssd(
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
-        RuntimeError: a backend that cannot run here.
+        BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, x=x, dt=dt, B=B, C=C)
     heads, width = x.shape[1:]
