@@ -80,7 +80,7 @@ def peak_memory() -> dict[str, int]:
         unit = 1 if sys.platform == "darwin" else 1024
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     except ImportError:  # Windows
-        host = psutil.Process().memory_info().peak_wset
+        host = getattr(psutil.Process().memory_info(), "peak_wset", 0)
     peak = {"peak_memory_bytes": host}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
