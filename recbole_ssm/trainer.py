@@ -195,7 +195,7 @@ class DurableTraining(Trainer):
                 f"{type(self).__name__} of {self.config['model']} keeps state that a checkpoint does not hold: "
                 "train it again from the start."
             )
-        state = load_checkpoint(resume_file, self.device)
+        state = load_checkpoint(resume_file)  # on the CPU, where Adam keeps its step counts
         if "resume" not in state:
             raise UserError(f"{resume_file} holds a model, but no run that could be continued.")
         resume = state.pop("resume")
