@@ -60,6 +60,19 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return _decode(state)
 
 
+def load_weights(model, state: dict[str, Any], file: str | Path) -> None:
+    """Put a checkpoint's weights, and what RecBole keeps beside them, into a RecBole model.
+
+    Raises:
+        UserError: where they do not fit, naming the ``file``.
+    """
+    try:
+        model.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit this data, which must have changed since: {error}") from error
+    model.load_other_parameter(state.get("other_parameter"))
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, dict):
         return {_encode(key): _encode(item) for key, item in value.items() if not isinstance(item, torch.nn.Module)}

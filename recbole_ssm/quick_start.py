@@ -22,7 +22,7 @@ from recbole.utils import (
     set_color,
 )
 
-from recbole_ssm.checkpoint import load_checkpoint
+from recbole_ssm.checkpoint import load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.errors import UserError
@@ -184,12 +184,7 @@ def _load(model_file: str, settings: dict[str, Any] | None = None):
     start_logging(config)
     dataset, (train_data, valid_data, test_data) = load_data(config)
     model = build_model(config, train_data)
-    state = load_checkpoint(model_file, config["device"])
-    try:
-        model.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{model_file} does not fit this data, which must have changed since: {error}") from error
-    model.load_other_parameter(state.get("other_parameter"))
+    load_weights(model, load_checkpoint(model_file, config["device"]), model_file)
     return config, model, dataset, train_data, valid_data, test_data
 
 

@@ -12,7 +12,7 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_local_time
 
-from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from recbole_ssm.errors import UserError
 
 
@@ -117,19 +117,12 @@ class DurableTraining(Trainer):
             if not self.config["single_spec"]:
                 torch.distributed.barrier()  # rank 0 writes the file
             file = model_file or self.saved_model_file
-            self._load_model(load_checkpoint(file, self.device))
+            load_weights(self.model, load_checkpoint(file, self.device), file)
             self.logger.info(f"Loading model structure and parameters from {file}")
         begin = perf_counter()
         result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         self.timings.eval_seconds.append(perf_counter() - begin)
         return OrderedDict((metric, float(value)) for metric, value in result.items())
-
-    def _load_model(self, state: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(state["state_dict"])
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint does not fit this model and data: {error}") from error
-        self.model.load_other_parameter(state.get("other_parameter"))
 
     def _check_nan(self, loss):
         if torch.isnan(loss):
@@ -199,7 +192,7 @@ class DurableTraining(Trainer):
         if "resume" not in state:
             raise UserError(f"{resume_file} holds a model, but no run that could be continued.")
         resume = state.pop("resume")
-        self._load_model({**state, "state_dict": resume["state_dict"]})
+        load_weights(self.model, {**state, "state_dict": resume["state_dict"]}, resume_file)
         if state["config"].get("learner") != self.learner:
             raise UserError(
                 f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "
