@@ -1,12 +1,17 @@
 """Small datasets and settings; every test runs in an empty folder of its own."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
 import yaml
 
 from recbole_ssm import Config

@@ -91,7 +91,7 @@ REFUSED = {
     "mode": ({"train_mode": "rows"}, "train_mode is 'rows': choose one of sequence, prefix"),
     "time": ({"time_order": "int"}, "time_order is 'int': choose one of exact, float32"),
     "metric": ({"metrics": ["NDGC"]}, "no metric named 'NDGC'"),
-    "backend": ({"ssm_backend": "gpu"}, "ssm_backend is 'gpu': choose one of auto, reference, cpu"),
+    "backend": ({"ssm_backend": "gpu"}, "ssm_backend is 'gpu': choose one of auto, reference, cpu, triton, mamba_ssm"),
     "cut-off": ({"topk": 20}, r"valid_metric NDCG@10 is not among the metrics .* at \[20\]"),
     "measure": ({"metrics": "Hit"}, "valid_metric NDCG@10 is not among the metrics"),
     "loaders": ({"save_dataloaders": True}, "leave save_dataloaders out"),

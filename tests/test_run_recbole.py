@@ -108,8 +108,8 @@ SAID = {
     ),
     "window": (["--attention_window=0"], "attention_window is 0, but at least the position itself must be seen."),
     "backend": (
-        ["-m", "SSD4Rec", "--ssm_backend=cpu", *QUICK],
-        "the cpu backend of ssd cannot run here: ssd has only reference",
+        ["-m", "SSD4Rec", "--ssm_backend=mamba_ssm", *QUICK],
+        "the mamba_ssm backend of causal_conv cannot run here: causal_conv1d is not installed; run: pip install",
     ),
     "no config file": (["--config_files", "x.yaml"], "config file x.yaml not found."),
 }

@@ -54,7 +54,7 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = causal_conv(x, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens)
+        x = causal_conv(x, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(
             x,

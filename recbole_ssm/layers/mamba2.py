@@ -42,7 +42,9 @@ class Mamba2(nn.Module):
         """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
         heads = len(self.D)
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, heads], dim=-1)
-        xBC = causal_conv(xBC, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens)
+        xBC = causal_conv(
+            xBC, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend
+        )
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         y = ssd(
             x.unflatten(-1, (heads, self.headdim)),

@@ -4,8 +4,11 @@
 ``cu_seqlens[s+1] - 1``. For lengths 3, 0 and 2, ``cu_seqlens = [0, 3, 3, 5]``.
 """
 
+from functools import cached_property, lru_cache
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
@@ -37,6 +40,12 @@ def last_rows(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens[1:].long() - 1
 
 
+@lru_cache(maxsize=64)
+def single_rows(count: int, device: torch.device) -> Tensor:
+    """Borders of ``count`` sequences of one row each, int32 ``[count+1]``; not to be written to."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device)
+
+
 def flip_rows(cu_seqlens: Tensor) -> Tensor:
     """Row order, int64 ``[T]``, that reverses each sequence in its place; it is its own inverse."""
     borders = cu_seqlens.long()
@@ -66,19 +75,88 @@ def pad(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
     return padded.index_put((sequence_ids(cu_seqlens), positions(cu_seqlens)), packed)
 
 
+class Borders:
+    """What ops need to know of a ``cu_seqlens``, read from the device once a batch.
+
+    Attributes:
+        lengths: length of each sequence, int64 ``[S]``, on the CPU.
+        total: rows of all sequences, ``T``.
+
+    Raises:
+        ValueError: where the borders are none.
+    """
+
+    def __init__(self, cu_seqlens: Tensor):
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+            raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+        host = cu_seqlens.cpu()
+        self.lengths = sequence_lengths(host)
+        if int(host[0]) != 0 or bool((self.lengths < 0).any()):
+            raise ValueError("cu_seqlens must start at 0 and never decrease")
+        self.device = cu_seqlens.device
+        self.total = int(host[-1])
+        self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._joints: dict[int, tuple[Tensor, int]] = {}
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest sequence, 0 where there is none."""
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each row within its own sequence, int32 ``[T]``."""
+        ends = self.lengths.cumsum(0)
+        starts = torch.repeat_interleave(ends - self.lengths, self.lengths)
+        return (torch.arange(self.total) - starts).to(self.device, torch.int32)
+
+    def chunks(self, size: int) -> tuple[Tensor, Tensor]:
+        """Cut each sequence into chunks of ``size`` rows, its last one shorter.
+
+        Returns:
+            The sequence of each chunk, int32 ``[C]``, and the number of each sequence's first chunk, int32 ``[S+1]``.
+        """
+        if size not in self._chunks:
+            counts = (self.lengths + size - 1) // size
+            sequences = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
+            starts = cu_seqlens_from_lengths(counts)
+            self._chunks[size] = sequences.to(self.device), starts.to(self.device)
+        return self._chunks[size]
+
+    def joints(self, size: int) -> tuple[Tensor, int]:
+        """Where state passes from one chunk of ``size`` rows to the next: nowhere in a sequence of one chunk.
+
+        Returns:
+            The number of each sequence's first joint, int32 ``[S+1]``, and how many there are.
+        """
+        if size not in self._joints:
+            starts = cu_seqlens_from_lengths((self.lengths - 1).clamp_min(0) // size)
+            self._joints[size] = starts.to(self.device), int(starts[-1])
+        return self._joints[size]
+
+
+_known = WeakTensorKeyDictionary()
+
+
+def borders(cu_seqlens: Tensor) -> Borders:
+    """The borders' :class:`Borders`, kept for as long as the tensor lives unchanged: each look at a GPU's waits."""
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    found = _known.get(cu_seqlens)
+    if found is None or found[0] != version:
+        found = _known[cu_seqlens] = (version, Borders(cu_seqlens))
+    return found[1]
+
+
 def check_packed(cu_seqlens: Tensor, **tensors: Tensor | None) -> None:
-    """Raise unless ``cu_seqlens`` is a valid border list for the first tensor's rows and all have as many.
+    """Raise unless ``cu_seqlens`` is a valid border list and each tensor has as many rows as it says.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    total = borders(cu_seqlens).total
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape[0] != int(cu_seqlens[-1]):
-            raise ValueError(f"{name} has {tensor.shape[0]} rows, but cu_seqlens ends at {int(cu_seqlens[-1])}")
-    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError("cu_seqlens must start at 0 and never decrease")
+        if tensor is not None and tensor.shape[0] != total:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, but cu_seqlens ends at {total}")
 
 
 def length_blocks(lengths: Tensor, rows_per_block: int) -> list[Tensor]:

@@ -1,217 +1,229 @@
 """Every op and backend against float64 loops: outputs, final states and all gradients."""
 
 import functools
+import importlib.util
 
 import pytest
 import torch
 
-from recbole_ssm.ops import causal_conv, preference_attention, selective_scan, ssd
+from benchmarks.cases import OPS, errors, excess, make, results
+from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
+from recbole_ssm.ops.backend import why_not
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 from . import loops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"  # then Triton's kernels run in its interpreter, a thousand times as slow
+
 LENGTHS = {
     "one": [1],
     "two": [2],
-    "odd": [63],
-    "long": [200],
-    "mixed": [3, 1, 63, 0, 2, 64, 65, 1, 17],
+    "mixed few": [1, 0, 17, 16, 3],
+    "63": [63],
+    "mixed": [3, 1, 33, 0, 2, 17, 16],
     "empty ends": [0, 5, 0],
+    "long": [1, 2, 3, 63, 64, 0, 65, 200, 1000],
 }
-DTYPES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+# Off the powers of two.
+SIZES = {
+    "selective_scan": {"several": {"D": 33, "N": 3}, "one": {"D": 1, "N": 1}},
+    "ssd": {"grouped": {"H": 4, "P": 3, "G": 2, "N": 5}, "wide": {"H": 3, "P": 17, "G": 1, "N": 20}},
+    "causal_conv": {f"{k} taps": {"D": 5, "K": k} for k in (1, 2, 4, 8)},
+    "preference_attention": {
+        "one metric": {"H": 3, "P": 5, "M": 1, "E": 4},
+        "metric a head": {"H": 2, "P": 17, "M": 2, "E": 20},
+    },
+}
+OPTIONS: dict[str, dict] = {
+    "ssd": {"whole": {}, "short chunks": {"chunk_size": 16}},
+    "preference_attention": {
+        "all": {},
+        "window": {"window": 4},
+        "last": {"queries": "last"},
+        "last in window": {"window": 4, "queries": "last"},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Uninitialised memory is NaN, so that a row which a kernel forgets to write shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(deterministic)
 
 
-def leaves(dtype, **shapes):
-    generator = torch.Generator().manual_seed(0)
-    drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    for name in ("dt", "A"):
-        if name in drawn:
-            drawn[name] = drawn[name].abs() * (1 if name == "dt" else -1)
-    return {name: t.to(dtype).requires_grad_() for name, t in drawn.items()}
+@functools.lru_cache(maxsize=256)
+def case_and_truth(op, lengths, sizes, dtype, device, options):
+    case = make(op, list(lengths), dict(sizes), dtype, device, **dict(options))
+    exact = case.exact()
+    on_cpu = {name: t.cpu() if isinstance(t, torch.Tensor) else t for name, t in case.fixed.items()}
+    on_cpu.pop("dt_softplus", None), on_cpu.pop("return_final_state", None), on_cpu.pop("activation", None)
+    outputs = getattr(loops, op)(**{name: t.cpu() for name, t in exact.items()}, **on_cpu)
+    return case, results(case, tuple(t.to(device) for t in outputs), exact)
 
 
-def check(outputs, inputs, truth_function, dtype, tolerance):
-    """Compare outputs and gradients with those of ``truth_function`` on the same (rounded) inputs in float64."""
-    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    truth = truth_function(exact)
-    assert len(outputs) == len(truth)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in truth]
-    gradients = torch.autograd.grad(
-        sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True)), list(inputs.values())
-    )
-    expected = torch.autograd.grad(
-        sum((o * w).sum() for o, w in zip(truth, weights, strict=True)), list(exact.values())
-    )
-    named = [("output", outputs[0], truth[0])]
-    named += [("final state", outputs[i], truth[i]) for i in range(1, len(outputs))]
-    named += [(f"gradient of {n}", g, e) for n, g, e in zip(inputs, gradients, expected, strict=True)]
-    for name, got, want in named:
-        scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
-        torch.testing.assert_close(
-            got.double() / scale, want / scale, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+def every_case():
+    for op, sizes in SIZES.items():
+        for size, letters in sizes.items():
+            for option, settings in OPTIONS.get(op, {"": {}}).items():
+                for name, lengths in LENGTHS.items():
+                    if "last" in option and 0 in lengths:
+                        lengths = [length for length in lengths if length]
+                    values = (op, tuple(lengths), tuple(letters.items()), tuple(settings.items()))
+                    yield pytest.param(*values, id=" ".join(filter(None, (op, size, option, name))))
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("reference", dtype) for dtype in DTYPES] + [("cpu", torch.float32), ("cpu", torch.bfloat16)],
-    ids=str,
-)
-def test_selective_scan(lengths, dtype, backend):
-    total, sequences, channels, states = sum(lengths), len(lengths), 5, 7
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-    inputs = leaves(
-        dtype,
-        x=(total, channels), dt=(total, channels), A=(channels, states), B=(total, states), C=(total, states),
-        D=(channels,), z=(total, channels), dt_bias=(channels,), initial_state=(sequences, channels, states),
-    )  # fmt: skip
-
-    def truth(i):
-        step = torch.nn.functional.softplus(i["dt"] + i["dt_bias"])
-        y, state = loops.selective_scan_loop(i["x"], step, i["A"], i["B"], i["C"], i["initial_state"], cu_seqlens)
-        return (y + i["D"] * i["x"]) * torch.nn.functional.silu(i["z"]), state
-
-    outputs = selective_scan(
-        **inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True, backend=backend
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "mamba_ssm"])
+@pytest.mark.parametrize(("op", "lengths", "sizes", "options"), list(every_case()))
+def test_backend_is_as_exact_as_the_reference(op, lengths, sizes, options, backend, dtype):
+    device = "cpu" if backend == "cpu" else DEVICE
+    if backend == "triton" and INTERPRETED and sum(lengths) > (40 if dtype == torch.bfloat16 else 80):
+        pytest.skip("too long for the interpreter")
+    case, truth = case_and_truth(op, lengths, sizes, dtype, device, options)
+    x = next(iter(case.inputs.values()))
+    if backend == "mamba_ssm":
+        if why_not(op, backend, x):
+            pytest.skip(why_not(op, backend, x))
+        case = make(op, list(lengths), dict(sizes), dtype, device, states=False, **dict(options))
+        exact = case.exact()
+        truth = results(case, case.run("reference", exact), exact)
+    assert excess(case, backend, truth) == {}
+    outputs = case.run(backend)
     assert outputs[0].dtype == dtype
-    check(outputs, inputs, truth, dtype, DTYPES[dtype])
+    assert all(state.dtype == (dtype if op == "causal_conv" else torch.float32) for state in outputs[1:])
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_ssd(lengths, dtype, groups):
-    total, sequences, heads, width, states = sum(lengths), len(lengths), 4, 3, 5
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-    inputs = leaves(
-        dtype,
-        x=(total, heads, width), dt=(total, heads), A=(heads,), B=(total, groups, states), C=(total, groups, states),
-        D=(heads,), dt_bias=(heads,), initial_state=(sequences, heads, width, states),
-    )  # fmt: skip
-
-    def truth(i):
-        step = torch.nn.functional.softplus(i["dt"] + i["dt_bias"])
-        y, state = loops.ssd_loop(i["x"], step, i["A"], i["B"], i["C"], i["initial_state"], cu_seqlens)
-        return y + i["D"][:, None] * i["x"], state
-
-    outputs = ssd(**inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True, chunk_size=16)
-    assert outputs[0].dtype == dtype
-    check(outputs, inputs, truth, dtype, DTYPES[dtype])
+@pytest.mark.parametrize(("op", "lengths", "sizes", "options"), list(every_case()))
+def test_reference_is_exact(op, lengths, sizes, options):
+    case, truth = case_and_truth(op, lengths, sizes, torch.float64, DEVICE, options)
+    for name, found in results(case, case.run("reference"), case.inputs).items():
+        torch.testing.assert_close(found, truth[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    for dtype, tolerance in ((torch.float32, 3e-5), (torch.bfloat16, 3e-2)):
+        case, truth = case_and_truth(op, lengths, sizes, dtype, DEVICE, options)
+        off = errors(results(case, case.run("reference"), case.inputs), truth)
+        assert max(off.values()) < tolerance, off
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("taps", [1, 2, 4, 8])
-def test_causal_conv(lengths, dtype, taps):
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-    inputs = leaves(dtype, x=(sum(lengths), 5), weight=(5, taps), bias=(5,), initial_state=(len(lengths), 5, taps - 1))
-
-    def truth(i):
-        y, state = loops.causal_conv_loop(i["x"], i["weight"], i["initial_state"], cu_seqlens)
-        return torch.nn.functional.silu(y + i["bias"]), state
-
-    outputs = causal_conv(**inputs, activation="silu", cu_seqlens=cu_seqlens, return_final_state=True)
-    assert outputs[0].dtype == dtype
-    check(outputs, inputs, truth, dtype, DTYPES[dtype])
+BACKENDS = ["reference", "cpu", "triton"]
 
 
-@pytest.mark.parametrize("lengths", [[1], [2], [63], [3, 1, 17, 10, 0, 2]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("metrics", [1, 3], ids=["one metric", "metric a head"])
-@pytest.mark.parametrize("window", [None, 4])
-def test_preference_attention(lengths, dtype, metrics, window):
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-    heads, width, total = 3, 5, sum(lengths)
-    inputs = leaves(
-        dtype,
-        q=(total, heads, width), k=(total, heads, width), v=(total, heads, width), feature=(total, metrics, 4),
-        score_weight=(heads,), similarity_weight=(heads,),
-    )  # fmt: skip
-    threshold = torch.tensor([-0.5, 0.0, 0.3], dtype=torch.float64)
-
-    def truth(i):
-        return (loops.preference_attention_loop(*i.values(), threshold, cu_seqlens, window),)
-
-    out = preference_attention(*inputs.values(), threshold, cu_seqlens=cu_seqlens, window=window)
-    assert out.dtype == dtype
-    # A cosine that bfloat16 rounding moves over the threshold is another function; float32 cosines do not do so here.
-    check((out,), inputs, truth, dtype, DTYPES[dtype])
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[1], [5, 0, 70, 3]], ids=str)
-def test_a_state_left_out_is_zero(lengths):
+@pytest.mark.parametrize("op", ["selective_scan", "ssd", "causal_conv"])
+def test_a_state_left_out_is_zero(op, lengths, backend):
     """Without an initial state, and with or without asking for the final one, outputs are the same."""
-    cu_seqlens, total, count = cu_seqlens_from_lengths(torch.tensor(lengths)), sum(lengths), len(lengths)
-    scan = leaves(torch.float32, x=(total, 3), dt=(total, 3), A=(3, 2), B=(total, 2), C=(total, 2))
-    dual = leaves(torch.float32, x=(total, 2, 3), dt=(total, 2), A=(2,), B=(total, 1, 2), C=(total, 1, 2))
-    conv = leaves(torch.float32, x=(total, 3), weight=(3, 4))
-    for op, inputs, shape in (
-        (functools.partial(selective_scan, backend="reference"), scan, (count, 3, 2)),
-        (functools.partial(selective_scan, backend="cpu"), scan, (count, 3, 2)),
-        (functools.partial(ssd, chunk_size=16), dual, (count, 2, 3, 2)),
-        (ssd, dual, (count, 2, 3, 2)),
-        (causal_conv, conv, (count, 3, 3)),
-    ):
-        y, state = op(**inputs, cu_seqlens=cu_seqlens, initial_state=torch.zeros(shape), return_final_state=True)
-        again, final = op(**inputs, cu_seqlens=cu_seqlens, return_final_state=True)
-        torch.testing.assert_close(again, y)
-        torch.testing.assert_close(final, state)
-        torch.testing.assert_close(op(**inputs, cu_seqlens=cu_seqlens), y)
+    device = "cpu" if backend == "cpu" else DEVICE
+    case = make(op, lengths, next(iter(SIZES[op].values())), device=device)
+    inputs = {name: t for name, t in case.inputs.items() if name != "initial_state"}
+    zeros = torch.zeros_like(case.inputs["initial_state"])
+    y, state = OPS[op](**inputs, initial_state=zeros, **case.fixed, backend=backend)
+    again, final = OPS[op](**inputs, **case.fixed, backend=backend)
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(final, state)
+    case.fixed["return_final_state"] = False
+    torch.testing.assert_close(OPS[op](**inputs, **case.fixed, backend=backend), y)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_last_queries_equal_the_last_of_all(window):
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([3, 1, 40, 7]))
-    inputs = leaves(
-        torch.float64,
-        q=(51, 2, 3), k=(51, 2, 3), v=(51, 2, 3), feature=(51, 2, 4), score_weight=(2,), similarity_weight=(2,),
-    )  # fmt: skip
-    threshold = torch.zeros(2, dtype=torch.float64)
-    every = preference_attention(*inputs.values(), threshold, cu_seqlens=cu_seqlens, window=window)
-    last = preference_attention(*inputs.values(), threshold, cu_seqlens=cu_seqlens, window=window, queries="last")
-    torch.testing.assert_close(last, every[cu_seqlens[1:].long() - 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["selective_scan", "ssd", "causal_conv"])
+def test_steps_equal_the_whole_sequence(op, backend):
+    """A sequence fed row by row, its state carried, as live sessions are served."""
+    device = "cpu" if backend == "cpu" else DEVICE
+    lengths = [6, 6, 6]
+    case = make(op, lengths, next(iter(SIZES[op].values())), device=device)
+    step = getattr(__import__("recbole_ssm.ops", fromlist=[op]), f"{op}_step")
+    rowwise = ("x", "dt", "B", "C", "z")
+    settings = {key: case.fixed[key] for key in ("dt_softplus", "activation") if key in case.fixed}
+    with torch.no_grad():
+        whole, final = case.run("reference")
+        state = case.inputs["initial_state"]
+        for t in range(6):
+            now = {n: v[t::6] if n in rowwise else v for n, v in case.inputs.items() if n != "initial_state"}
+            y, state = step(**now, **settings, state=state, backend=backend)
+            torch.testing.assert_close(y, whole[t::6], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequences_and_no_rows(backend):
+    device = "cpu" if backend == "cpu" else DEVICE
+    for op in OPS:
+        for lengths in ([], [0, 0]):
+            case = make(op, torch.tensor(lengths, dtype=torch.int64), next(iter(SIZES[op].values())), device=device)
+            found = results(case, case.run(backend), case.inputs)
+            assert found["output"].shape[0] == 0
+            assert all(bool(t.isfinite().all()) for t in found.values())
+            if op != "preference_attention":
+                torch.testing.assert_close(found["final state"], case.inputs["initial_state"].float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_read_in_place(backend):
+    """Layers hand in slices of one projection; rows need not lie densely."""
+    device = "cpu" if backend == "cpu" else DEVICE
+    for op in OPS:
+        case = make(op, [5, 2], next(iter(SIZES[op].values())), device=device)
+        spread = {
+            name: torch.cat([t, t + 1], -1)[..., : t.shape[-1]] if t.dim() > 1 else t for name, t in case.inputs.items()
+        }
+        for dense, view in zip(case.run(backend), case.run(backend, spread), strict=True):
+            torch.testing.assert_close(view, dense)
 
 
 def test_attention_without_similarity_is_torch_attention():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(9, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-    ones, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    cu_seqlens = torch.tensor([0, 9], dtype=torch.int32)
-    ours = preference_attention(q, k, v, torch.randn(9, 1, 3).double(), ones, zeros, zeros, cu_seqlens=cu_seqlens)
-    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(ours, theirs.transpose(0, 1))
+    for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)):
+        device = "cpu" if backend == "cpu" else DEVICE
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(9, 2, 4, generator=generator).to(device, dtype) for _ in range(3))
+        ones, zeros = torch.ones(2).to(q), torch.zeros(2).to(q)
+        cu_seqlens = torch.tensor([0, 9], dtype=torch.int32, device=device)
+        feature = torch.randn(9, 1, 3, generator=generator).to(q)
+        ours = preference_attention(q, k, v, feature, ones, zeros, zeros, cu_seqlens=cu_seqlens, backend=backend)
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(ours, theirs.transpose(0, 1))
 
 
-def test_cpu_scan_does_not_depend_on_the_number_of_threads():
+@pytest.mark.skipif(not importlib.util.find_spec("mamba_ssm"), reason="mamba_ssm is not installed")
+def test_against_mamba_ssm_in_plain_torch():
+    """The other authors' own references: ``selective_scan_ref`` of Mamba, listing 1 of Mamba-2's paper."""
+    from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    case = make("selective_scan", [40], {"D": 6, "N": 5}, states=False)
+    i = {name: t.detach() for name, t in case.inputs.items()}
+    x, dt, B, C, z = (i[name].T[None] for name in ("x", "dt", "B", "C", "z"))
+    theirs = selective_scan_ref(x, dt, i["A"], B, C, i["D"], z, i["dt_bias"], delta_softplus=True)[0].T
+    torch.testing.assert_close(case.run("reference")[0], theirs, rtol=1e-4, atol=1e-5)
+
+    case = make("ssd", [48], {"H": 4, "P": 3, "G": 1, "N": 5}, states=False)
+    i = {name: t.detach() for name, t in case.inputs.items()}
+    step = torch.nn.functional.softplus(i["dt"] + i["dt_bias"])
+    B, C = (i[name].expand(-1, 4, -1)[None] for name in ("B", "C"))
+    theirs, _ = ssd_minimal_discrete((i["x"] * step[..., None])[None], (step * i["A"])[None], B, C, 16)
+    torch.testing.assert_close(
+        case.run("reference")[0], theirs[0] + i["D"][:, None] * i["x"], rtol=1e-4, atol=1e-5
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_does_not_depend_on_the_number_of_threads(op):
     import numba
 
-    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([7, 1, 30, 4, 90, 2] * 8))
-    inputs = leaves(
-        torch.float32, x=(1072, 6), dt=(1072, 6), A=(6, 4), B=(1072, 4), C=(1072, 4)
-    )  # fmt: skip
-    results = []
+    case = make(op, [7, 1, 30, 4, 90, 2] * 8, next(iter(SIZES[op].values())))
     threads = numba.get_num_threads()
+    found = []
     for count in (1, threads):
         numba.set_num_threads(count)
-        y = selective_scan(**inputs, cu_seqlens=cu_seqlens, backend="cpu")
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))])
+        found.append(results(case, case.run("cpu"), case.inputs))
     numba.set_num_threads(threads)
-    for one, many in zip(*results, strict=True):
-        assert torch.equal(one, many)
+    for name, one in found[0].items():
+        assert torch.equal(one, found[1][name]), name
 
 
 def test_compiled_exponential_holds_its_stated_error():
@@ -228,6 +240,29 @@ def test_compiled_exponential_holds_its_stated_error():
     assert (decay - truth).abs().max() < 2e-7
 
 
+def test_triton_softplus_keeps_its_relative_error_where_it_is_tiny():
+    raw = torch.linspace(-40, 20, 241)
+    count = len(raw)
+    ones = torch.ones(count, 1, device=DEVICE)
+    step = selective_scan(
+        ones, raw[:, None].to(DEVICE), -ones[:1], ones, ones,
+        dt_softplus=True, cu_seqlens=torch.arange(count + 1, dtype=torch.int32, device=DEVICE), backend="triton",
+    )[:, 0].cpu()  # fmt: skip
+    truth = torch.nn.functional.softplus(raw.double())
+    assert ((step - truth).abs() / truth).max() < 1e-6
+
+
+def test_borders_are_looked_at_again_when_they_change():
+    cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32)
+    x, weight = torch.ones(4, 1), torch.ones(1, 2)
+    assert causal_conv(x, weight, cu_seqlens=cu_seqlens).flatten().tolist() == [1, 2, 1, 2]
+    cu_seqlens[1] = 3
+    assert causal_conv(x, weight, cu_seqlens=cu_seqlens).flatten().tolist() == [1, 2, 2, 1]
+    with torch.inference_mode():
+        inference = cu_seqlens.clone()
+        assert causal_conv(x, weight, cu_seqlens=inference).flatten().tolist() == [1, 2, 2, 1]
+
+
 def test_refusals():
     cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
     x, state = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
@@ -240,7 +275,47 @@ def test_refusals():
         selective_scan(x, x, A, state, state, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(ValueError, match="never decrease"):
         causal_conv(x, torch.zeros(3, 2), cu_seqlens=torch.tensor([0, 3, 2], dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="has only reference"):
-        causal_conv(x, torch.zeros(3, 2).double(), cu_seqlens=cu_seqlens, backend="cpu")
+    with pytest.raises(ValueError, match="K from 1 to 8"):
+        causal_conv(x, torch.zeros(3, 9), cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match="do not fit"):
         selective_scan(x, x, A.T, state, state, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "install"),
+    [
+        ("selective_scan", "selective_scan_cuda", "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm"),
+        ("ssd", "mamba_ssm", "pip install 'mamba-ssm"),
+        ("causal_conv", "causal_conv1d", "pip install causal-conv1d"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_install_line(op, module, install, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    case = make(op, [2], next(iter(SIZES[op].values())), states=False)
+    with pytest.raises(RuntimeError, match=f"{module} is not installed; run: {install}"):
+        case.run("mamba_ssm")
+
+
+def test_what_a_backend_lacks_is_said(monkeypatch):
+    x = torch.zeros(1, device="meta")
+    assert "need a GPU" in why_not("ssd", "triton", x)
+    assert "no such kernel" in why_not("preference_attention", "mamba_ssm", x)
+    assert "numba" not in why_not("ssd", "cpu", x)
+    monkeypatch.setattr("recbole_ssm.ops.backend._triton_version", lambda: (3, 2))
+    assert "too old" in why_not("ssd", "triton", x)
+    monkeypatch.setattr("recbole_ssm.ops.backend._triton_version", lambda: ())
+    assert "pip install 'triton" in why_not("ssd", "triton", x)
+
+
+def test_lengths_of_a_batch_are_kept_with_its_borders():
+    from recbole_ssm.ops.packing import borders
+
+    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([3, 0, 5]))
+    assert borders(cu_seqlens) is borders(cu_seqlens)
+    assert borders(cu_seqlens).longest == 5
+    sequence, first = borders(cu_seqlens).chunks(2)
+    assert sequence.tolist() == [0, 0, 2, 2, 2]
+    assert first.tolist() == [0, 2, 2, 5]
+    joints, count = borders(cu_seqlens).joints(2)
+    assert joints.tolist() == [0, 1, 1, 3]
+    assert count == 3

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.causal_conv.reference import causal_conv_reference
-from recbole_ssm.ops.packing import check_packed
+from recbole_ssm.ops.packing import check_packed, sequence_ids, single_rows
+
+LONGEST_FILTER = 8
 
 
 def causal_conv(
@@ -28,35 +30,91 @@ def causal_conv(
 
     Args:
         x: ``[T, D]``.
-        weight: ``[D, K]``; the last column weighs the current row.
+        weight: ``[D, K]``, K from 1 to 8; the last column weighs the current row.
         bias: ``[D]``.
         activation: ``silu`` or none.
         cu_seqlens: borders of the sequences, int32 ``[S+1]``.
         initial_state: the ``K-1`` rows before each sequence, oldest first, ``[S, D, K-1]``.
         return_final_state: also return the last ``K-1`` rows of each sequence, ``[S, D, K-1]``.
-        backend: ``auto`` or ``reference``.
+        backend: see :mod:`recbole_ssm.ops.backend`; ``mamba_ssm`` is the causal_conv1d package.
 
     Returns:
-        ``[T, D]`` and, where asked for, the final state.
+        ``[T, D]`` and, where asked for, the final state, both in ``x``'s dtype.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or backend.
         BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, x=x)
-    if weight.dim() != 2 or weight.shape[0] != x.shape[1]:
-        raise ValueError(f"weight is {list(weight.shape)}, not [{x.shape[1]}, K]")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not 1 <= weight.shape[1] <= LONGEST_FILTER:
+        raise ValueError(f"weight is {list(weight.shape)}, not [{x.shape[1]}, K] with K from 1 to {LONGEST_FILTER}")
     if activation not in (None, "silu"):
         raise ValueError(f"unknown activation {activation!r}: silu or None")
     state_shape = (len(cu_seqlens) - 1, x.shape[1], weight.shape[1] - 1)
-    if initial_state is None:
-        initial_state = x.new_zeros(state_shape)
-    elif initial_state.shape != state_shape:
+    if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state is {list(initial_state.shape)}, not {list(state_shape)}")
-    choose("causal_conv", backend, ("reference",), x)
-    y, final_state = causal_conv_reference(x, weight.to(x.dtype), initial_state, cu_seqlens)
-    if bias is not None:
-        y = y + bias.to(x.dtype)
-    if activation == "silu":
-        y = F.silu(y)
-    return (y, final_state) if return_final_state else y
+    taps = weight.shape[1]
+    chosen = choose("causal_conv", backend, x, "" if 2 <= taps <= 4 else f"filter of {taps} taps, only of 2 to 4")
+    if initial_state is None and not return_final_state:
+        return _stateless(chosen, x, weight, bias, activation, cu_seqlens)
+
+    # No backend knows of states: their rows are laid in front of each sequence, whose outputs are dropped.
+    before = taps - 1
+    sequence = torch.arange(len(cu_seqlens) - 1, device=x.device)
+    extended_cu = cu_seqlens + before * single_rows(len(sequence), x.device)
+    rows = torch.arange(len(x), device=x.device) + before * (sequence_ids(cu_seqlens) + 1)
+    extended = x.new_zeros(len(x) + before * len(sequence), x.shape[1]).index_put((rows,), x)
+    if initial_state is not None:
+        fronts = extended_cu[:-1, None].long() + torch.arange(before, device=x.device)
+        extended = extended.index_put((fronts,), initial_state.mT.to(x.dtype))
+    y = _stateless(chosen, extended, weight, bias, activation, extended_cu)[rows]
+    if not return_final_state:
+        return y
+    ends = extended_cu[1:, None].long() - before + torch.arange(before, device=x.device)
+    return y, extended[ends].mT
+
+
+def _stateless(chosen, x, weight, bias, activation, cu_seqlens):
+    if chosen == "triton":
+        from recbole_ssm.ops.causal_conv.triton import causal_conv_triton
+
+        return causal_conv_triton(x, weight, bias, activation, cu_seqlens)
+    if chosen == "mamba_ssm":
+        from recbole_ssm.ops.causal_conv.external import causal_conv_external
+
+        return causal_conv_external(x, weight, bias, activation, cu_seqlens)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(compute)
+    if chosen == "cpu":
+        from recbole_ssm.ops.causal_conv.cpu import causal_conv_cpu
+
+        return causal_conv_cpu(x.to(compute), weight.to(compute), bias, activation, cu_seqlens).to(x.dtype)
+    return causal_conv_reference(x.to(compute), weight.to(compute), bias, activation, cu_seqlens).to(x.dtype)
+
+
+def causal_conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    state: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One more row of each of ``S`` sequences; the arguments are those of :func:`causal_conv`.
+
+    Args:
+        x: ``[S, D]``.
+        weight: ``[D, K]``.
+        bias: ``[D]``.
+        activation: ``silu`` or none.
+        state: the ``K-1`` rows before, oldest first, ``[S, D, K-1]``.
+        backend: as :func:`causal_conv`.
+
+    Returns:
+        Output ``[S, D]`` and the next state.
+    """
+    return causal_conv(
+        x, weight, bias, activation,
+        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Preference-aware attention of STAR-Rec (arXiv 2505.03484, section 3.1.2) over packed sequences."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
@@ -43,7 +44,7 @@ def preference_attention(
         cu_seqlens: borders of the sequences, int32 ``[S+1]``.
         window: attend to at most this many rows, the query's own included; all where absent.
         queries: ``all``, or ``last`` for the last row of each sequence only (every sequence must have one).
-        backend: ``auto`` or ``reference``.
+        backend: see :mod:`recbole_ssm.ops.backend`; ``mamba_ssm`` has no such kernel.
 
     Returns:
         ``[T, H, P]``, or ``[S, H, P]`` for ``last``.
@@ -66,12 +67,25 @@ def preference_attention(
         raise ValueError("queries='last' needs at least one row in every sequence")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, but at least the query's own row must be seen")
-    choose("preference_attention", backend, ("reference",), q)
-    # Scores and softmax are taken in float32 whatever the dtype of the activations.
+    last_only = queries == "last"
+    chosen = choose("preference_attention", backend, q)
+    # Scores, cosines and softmax are taken in float32 whatever the dtype of the activations.
     compute = torch.promote_types(q.dtype, torch.float32)
-    dtype = q.dtype
-    q, k, v, feature = (t.to(compute) for t in (q, k, v, feature))
-    w1, w2, tau = (t.to(compute) for t in (score_weight, similarity_weight, threshold))
+    scaled_q = q.to(compute) * (score_weight.to(compute)[:, None] / q.shape[2] ** 0.5)
+    direction = F.normalize(feature.to(compute), dim=-1)
+    w2, tau = similarity_weight.to(compute), threshold.to(compute)
+    if chosen == "triton":
+        from recbole_ssm.ops.preference_attention.triton import preference_attention_triton
+
+        return preference_attention_triton(
+            scaled_q.to(q.dtype), k, v, direction, w2, tau, cu_seqlens, window, last_only
+        )
+    k, v = k.to(compute), v.to(compute)
     with torch.autocast(q.device.type, enabled=False):
-        out = preference_attention_reference(q, k, v, feature, w1, w2, tau, cu_seqlens, window, queries == "last")
-    return out.to(dtype)
+        if chosen == "cpu":
+            from recbole_ssm.ops.preference_attention.cpu import preference_attention_cpu
+
+            out = preference_attention_cpu(scaled_q, k, v, direction, w2, tau, cu_seqlens, window, last_only)
+        else:
+            out = preference_attention_reference(scaled_q, k, v, direction, w2, tau, cu_seqlens, window, last_only)
+    return out.to(q.dtype)

@@ -1,7 +1,6 @@
 """Preference-aware attention with its score matrix written out, in plain torch."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.packing import block_rows, length_blocks, sequence_lengths
@@ -15,21 +14,33 @@ def preference_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    feature: Tensor,
-    score_weight: Tensor,
+    direction: Tensor,
     similarity_weight: Tensor,
     threshold: Tensor,
     cu_seqlens: Tensor,
     window: int | None,
     last_only: bool,
 ) -> Tensor:
-    """The sum of :func:`recbole_ssm.ops.preference_attention`: ``[T, H, P]``, or ``[S, H, P]`` with ``last_only``."""
+    """The sum of :func:`recbole_ssm.ops.preference_attention`.
+
+    Args:
+        q: queries times w1 / sqrt(P), ``[T, H, P]``.
+        k: ``[T, H, P]``.
+        v: ``[T, H, P]``.
+        direction: features of unit length, ``[T, 1 or H, E]``.
+        similarity_weight: w2, ``[H]``.
+        threshold: ``[H]``.
+        cu_seqlens: ``[S+1]``.
+        window: rows attended to; all where absent.
+        last_only: whether only the last row of each sequence asks.
+
+    Returns:
+        ``[T, H, P]``, or ``[S, H, P]`` with ``last_only``.
+    """
     heads, width = q.shape[1:]
-    scaled_q = q * (score_weight[:, None] / width**0.5)
-    direction = F.normalize(feature, dim=-1)
     lengths = sequence_lengths(cu_seqlens)
     longest = int(lengths.max()) if len(lengths) else 0
-    entries_per_row = heads * ((1 if last_only else longest) + feature.shape[2])
+    entries_per_row = heads * ((1 if last_only else longest) + direction.shape[2])
     out = q.new_zeros(len(lengths) if last_only else len(q), heads, width)
     for sequences in length_blocks(lengths, max(1, ENTRIES_PER_BLOCK // max(1, entries_per_row))):
         rows, real = block_rows(cu_seqlens, sequences)
@@ -42,7 +53,7 @@ def preference_attention_reference(
         if window is not None:
             visible = visible & (i[..., None] - j < window)
 
-        scores = torch.einsum("nihp,njhp->nhij", scaled_q[query_rows], k[rows])
+        scores = torch.einsum("nihp,njhp->nhij", q[query_rows], k[rows])
         cosine = torch.einsum("nime,njme->nmij", direction[query_rows], direction[rows])
         similarity = torch.where(cosine > threshold[:, None, None], cosine, 0.0)
         logits = torch.addcmul(scores, similarity_weight[:, None, None], similarity)

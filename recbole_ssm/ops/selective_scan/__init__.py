@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed
+from recbole_ssm.ops.packing import check_packed, single_rows
 from recbole_ssm.ops.selective_scan.reference import selective_scan_reference
 
 
@@ -48,7 +48,7 @@ def selective_scan(
         cu_seqlens: borders of the sequences, int32 ``[S+1]``.
         initial_state: state before each sequence's first row, ``[S, D, N]``; zeros where absent.
         return_final_state: also return the state after each sequence's last row.
-        backend: ``auto``, ``reference`` or ``cpu``.
+        backend: see :mod:`recbole_ssm.ops.backend`.
 
     Returns:
         ``[T, D]`` in ``x``'s dtype and, where asked for, the final state ``[S, D, N]`` in at least float32. An empty
@@ -68,16 +68,36 @@ def selective_scan(
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state is {list(initial_state.shape)}, not {list(state_shape)}")
 
+    lacks = "initial_state" if initial_state is not None else ""
+    if return_final_state and torch.is_grad_enabled():
+        lacks = "gradient of the final state"
+    chosen = choose("selective_scan", backend, x, lacks)
+    if chosen == "triton":
+        from recbole_ssm.ops.selective_scan.triton import selective_scan_triton
+
+        y, final_state = selective_scan_triton(
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
+        )
+    elif chosen == "mamba_ssm":
+        from recbole_ssm.ops.selective_scan.external import selective_scan_external
+
+        y, final_state = selective_scan_external(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens)
+    else:
+        y, final_state = _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+    return (y, final_state) if return_final_state else y
+
+
+def _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
+    """The backends that compute the recurrence alone; torch does what comes before and after it."""
     # The recurrence sums hundreds of terms, so it runs in float32 whatever the dtype of the activations.
     compute = torch.promote_types(x.dtype, torch.float32)
-    chosen = choose("selective_scan", backend, ("reference", "cpu"), x)
     dt = dt.to(compute)
     if dt_bias is not None:
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
         dt = F.softplus(dt)
     if initial_state is None:
-        initial_state = x.new_zeros(state_shape, dtype=compute)
+        initial_state = x.new_zeros(len(cu_seqlens) - 1, *A.shape, dtype=compute)
     u, dt, A, B, C, initial_state = (tensor.to(compute) for tensor in (x, dt, A, B, C, initial_state))
     if chosen == "cpu":
         from recbole_ssm.ops.selective_scan.cpu import selective_scan_cpu
@@ -89,5 +109,42 @@ def selective_scan(
         y = y + D.to(compute) * u
     if z is not None:
         y = y * F.silu(z.to(compute))
-    y = y.to(x.dtype)
-    return (y, final_state) if return_final_state else y
+    return y.to(x.dtype), final_state
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    state: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One more row of each of ``S`` sequences: :func:`selective_scan` with ``T = S`` and a state carried by the caller.
+
+    Args:
+        x: ``[S, D]``.
+        dt: ``[S, D]``.
+        A: ``[D, N]``.
+        B: ``[S, N]``.
+        C: ``[S, N]``.
+        D: ``[D]``.
+        z: ``[S, D]``.
+        dt_bias: ``[D]``.
+        dt_softplus: whether ``dt`` passes a softplus.
+        state: state before the row, ``[S, D, N]``.
+        backend: as :func:`selective_scan`.
+
+    Returns:
+        Output ``[S, D]`` and the next state, ``[S, D, N]`` in at least float32.
+    """
+    return selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus,
+        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
+    )  # fmt: skip

@@ -5,48 +5,15 @@ the ``N`` states is what the compiler vectorises. The backward pass recomputes t
 scratch of ``[L, N]`` rather than keep ``[T, D, N]`` from the forward pass.
 """
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-# Sums over sequences (the gradient of A) are taken per group and then over the groups in order, so the result does
-# not depend on how many threads ran; 32 groups keep up to 32 cores busy.
-GROUPS = 32
+from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders
 
 
-def _compiled(function):
-    options = {"fastmath": True, "parallel": True, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # neither this folder nor the user's cache can be written: compile anew in each process
-        return numba.njit(function, **options)
-
-
-@numba.njit(fastmath=True, inline="always")
-def _exp(v):
-    """Exponential of v <= 0, branch-free, so that the loop around it vectorises; off by at most 2e-7.
-
-    A decay multiplies a state, so it is the absolute error that counts, above all near 1, where a slow channel raises
-    it to the power of the sequence's length. Hence expm1(v/16) as a polynomial q, and then four times
-    (1 + q)^2 - 1 = q (q + 2), which never rounds against the 1. Below -17 the result stays at 4e-8.
-    """
-    r = max(v, np.float32(-17.0)) * np.float32(1.0 / 16.0)
-    p = r * np.float32(1.0 / 720.0) + np.float32(1.0 / 120.0)
-    p = p * r + np.float32(1.0 / 24.0)
-    p = p * r + np.float32(1.0 / 6.0)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    q = p * r
-    q = q * (q + np.float32(2.0))
-    q = q * (q + np.float32(2.0))
-    q = q * (q + np.float32(2.0))
-    q = q * (q + np.float32(2.0))
-    return q + np.float32(1.0)
-
-
-@_compiled
+@compiled
 def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state):
     D, N = A.shape
     for group in prange(len(group_of) - 1):
@@ -62,13 +29,13 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                     drive = step * x[t, d]
                     total = np.float32(0.0)
                     for n in range(N):
-                        h = _exp(step * rate[n]) * state[n] + drive * B[t, n]
+                        h = exp_of_negative(step * rate[n]) * state[n] + drive * B[t, n]
                         state[n] = h
                         total += h * C[t, n]
                     y[t, d] = total
 
 
-@_compiled
+@compiled
 def _backward(
     x, dt, A, B, C, initial_state, cu_seqlens, group_of, grad_y, grad_final, grad_x, grad_dt, grad_A, grad_B, grad_C,
     grad_initial,
@@ -94,7 +61,7 @@ def _backward(
                     step = dt[begin + i, d]
                     drive = step * x[begin + i, d]
                     for n in range(N):
-                        a = _exp(step * rate[n])
+                        a = exp_of_negative(step * rate[n])
                         decays[i, n] = a
                         states[i + 1, n] = a * states[i, n] + drive * B[begin + i, n]
                 for j in range(length):
@@ -122,15 +89,6 @@ def _backward(
                     grad_initial[s, d, n] = grad_state[n]
 
 
-def _group_borders(cu_seqlens: np.ndarray) -> np.ndarray:
-    """First sequence of each of at most :data:`GROUPS` groups of about equally many rows."""
-    total = int(cu_seqlens[-1])
-    groups = max(1, min(GROUPS, len(cu_seqlens) - 1))
-    borders = np.searchsorted(cu_seqlens, np.arange(groups + 1) * total / groups)
-    borders[0], borders[-1] = 0, len(cu_seqlens) - 1
-    return borders.astype(np.int64)
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens):
@@ -138,7 +96,7 @@ class _SelectiveScan(torch.autograd.Function):
         arrays = [t.numpy() for t in inputs]
         borders = cu_seqlens.numpy()
         y, final_state = torch.empty_like(inputs[0]), torch.empty_like(inputs[5])
-        _forward(*arrays, borders, _group_borders(borders), y.numpy(), final_state.numpy())
+        _forward(*arrays, borders, group_borders(borders), y.numpy(), final_state.numpy())
         ctx.save_for_backward(*inputs, cu_seqlens)
         return y, final_state
 
@@ -147,7 +105,7 @@ class _SelectiveScan(torch.autograd.Function):
         *inputs, cu_seqlens = ctx.saved_tensors
         x, dt, A, B, C, initial_state = inputs
         borders = cu_seqlens.numpy()
-        groups = _group_borders(borders)
+        groups = group_borders(borders)
         grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
         grad_A = torch.zeros(len(groups) - 1, *A.shape)
         grad_B, grad_C = torch.zeros_like(B), torch.zeros_like(C)

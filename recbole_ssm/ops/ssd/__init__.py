@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed
+from recbole_ssm.ops.packing import check_packed, single_rows
 from recbole_ssm.ops.ssd.reference import ssd_reference
 
 
@@ -49,7 +49,7 @@ def ssd(
         initial_state: state before each sequence's first row, ``[S, H, P, N]``; zeros where absent.
         return_final_state: also return the state after each sequence's last row.
         chunk_size: rows a chunk; it changes the cost, not the result.
-        backend: ``auto`` or ``reference``.
+        backend: see :mod:`recbole_ssm.ops.backend`.
 
     Returns:
         ``[T, H, P]`` in ``x``'s dtype and, where asked for, the final state ``[S, H, P, N]`` in at least float32. An
@@ -70,7 +70,33 @@ def ssd(
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state is {list(initial_state.shape)}, not {list(state_shape)}")
 
-    choose("ssd", backend, ("reference",), x)
+    lacks = "initial_state a sequence" if initial_state is not None else ""
+    if return_final_state and torch.is_grad_enabled():
+        lacks = "gradient of packed sequences' final states"
+    chosen = choose("ssd", backend, x, lacks)
+    if chosen == "triton":
+        from recbole_ssm.ops.ssd.triton import ssd_triton
+
+        y, final_state = ssd_triton(
+            x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
+        )
+    elif chosen == "mamba_ssm":
+        from recbole_ssm.ops.ssd.external import ssd_external
+
+        y, final_state = ssd_external(
+            x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens, return_final_state, chunk_size
+        )
+    else:
+        y, final_state = _on_torch(
+            chosen, x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
+        )
+    return (y, final_state) if return_final_state else y
+
+
+def _on_torch(
+    chosen, x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
+):
+    """The backends that compute the recurrence alone; torch does what comes before and after it."""
     compute = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(compute)
     if dt_bias is not None:
@@ -81,8 +107,48 @@ def ssd(
         initial_state = initial_state.to(compute)
     u, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
-        y, final_state = ssd_reference(u, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
+        if chosen == "cpu":
+            from recbole_ssm.ops.ssd.cpu import ssd_cpu
+
+            y, final_state = ssd_cpu(u, dt, A, B, C, initial_state, cu_seqlens, return_final_state)
+        else:
+            y, final_state = ssd_reference(u, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
     if D is not None:
         y = y + D.to(compute)[:, None] * u
-    y = y.to(x.dtype)
-    return (y, final_state) if return_final_state else y
+    return y.to(x.dtype), final_state
+
+
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    state: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One more row of each of ``S`` sequences: :func:`ssd` with ``T = S`` and a state carried by the caller.
+
+    Args:
+        x: ``[S, H, P]``.
+        dt: ``[S, H]``.
+        A: ``[H]``.
+        B: ``[S, G, N]``.
+        C: ``[S, G, N]``.
+        D: ``[H]``.
+        dt_bias: ``[H]``.
+        dt_softplus: whether ``dt`` passes a softplus.
+        state: state before the row, ``[S, H, P, N]``.
+        backend: as :func:`ssd`.
+
+    Returns:
+        Output ``[S, H, P]`` and the next state, ``[S, H, P, N]`` in at least float32.
+    """
+    return ssd(
+        x, dt, A, B, C, D, dt_bias, dt_softplus,
+        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
+    )  # fmt: skip

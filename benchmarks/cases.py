@@ -1,0 +1,176 @@
+"""Inputs for each op, and the measure of a backend's error that tests and benchmarks share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm.ops import causal_conv, preference_attention, selective_scan, ssd
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths
+
+# A backend may err this many times as much as the reference does at the same dtype, or as that dtype rounds: another
+# order of summation, and products of rounded intermediate results as tensor cores take them, stay below it.
+ALLOWED = 8.0
+
+
+@dataclass
+class Case:
+    """One op on packed sequences.
+
+    Attributes:
+        op: the op's name.
+        inputs: what it is differentiated for, by argument name.
+        fixed: its other arguments.
+    """
+
+    op: str
+    inputs: dict[str, Tensor]
+    fixed: dict[str, Any]
+
+    def run(self, backend: str, inputs: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The op's outputs: the output and, where the case asks for it, the final state."""
+        result = OPS[self.op](**(inputs or self.inputs), **self.fixed, backend=backend)
+        return result if isinstance(result, tuple) else (result,)
+
+    def exact(self) -> dict[str, Tensor]:
+        """The same (rounded) inputs in float64."""
+        return {name: t.detach().double().requires_grad_() for name, t in self.inputs.items()}
+
+
+OPS: dict[str, Callable] = {
+    "selective_scan": selective_scan,
+    "ssd": ssd,
+    "causal_conv": causal_conv,
+    "preference_attention": preference_attention,
+}
+
+Sizes = dict[str, int]
+
+
+def _scan_shapes(total: int, sequences: int, D: int, N: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (total, D), "dt": (total, D), "A": (D, N), "B": (total, N), "C": (total, N), "D": (D,), "z": (total, D),
+        "dt_bias": (D,), "initial_state": (sequences, D, N),
+    }  # fmt: skip
+
+
+def _ssd_shapes(total: int, sequences: int, H: int, P: int, G: int, N: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (total, H, P), "dt": (total, H), "A": (H,), "B": (total, G, N), "C": (total, G, N), "D": (H,),
+        "dt_bias": (H,), "initial_state": (sequences, H, P, N),
+    }  # fmt: skip
+
+
+def _conv_shapes(total: int, sequences: int, D: int, K: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (total, D), "weight": (D, K), "bias": (D,), "initial_state": (sequences, D, K - 1)}
+
+
+def _attention_shapes(total: int, sequences: int, H: int, P: int, M: int, E: int) -> dict[str, tuple[int, ...]]:
+    row = (total, H, P)
+    return {"q": row, "k": row, "v": row, "feature": (total, M, E), "score_weight": (H,), "similarity_weight": (H,)}
+
+
+SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
+    "selective_scan": _scan_shapes,
+    "ssd": _ssd_shapes,
+    "causal_conv": _conv_shapes,
+    "preference_attention": _attention_shapes,
+}
+
+
+def make(
+    op: str,
+    lengths: list[int] | Tensor,
+    sizes: Sizes,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    states: bool = True,
+    **fixed: Any,
+) -> Case:
+    """A case with random inputs, the same at every call.
+
+    Args:
+        op: one of :data:`OPS`.
+        lengths: length of each sequence.
+        sizes: the letters of the op's docstring.
+        dtype: of all inputs.
+        device: where they lie.
+        states: give an initial state and ask for the final one, where the op has them.
+        fixed: further arguments.
+    """
+    lengths = torch.as_tensor(lengths)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float32)
+        for name, shape in SHAPES[op](int(lengths.sum()), len(lengths), **sizes).items()
+    }
+    fixed["cu_seqlens"] = cu_seqlens_from_lengths(lengths).to(device)
+    if "A" in drawn:
+        drawn["A"] = -drawn["A"].abs()
+        # Steps of 0.01 to 1, as trained models take them, so that states live for many rows.
+        drawn["dt"] = drawn["dt"] - 2
+        fixed["dt_softplus"] = True
+    if op == "causal_conv":
+        fixed["activation"] = "silu"
+    if op == "preference_attention":
+        fixed["threshold"] = torch.tensor([-0.5, 0.0, 0.3, 0.1]).repeat(sizes["H"])[: sizes["H"]].to(device)
+        drawn["feature"] = _features(drawn["feature"].shape, generator)
+    elif states:
+        fixed["return_final_state"] = True
+    else:
+        del drawn["initial_state"]
+    inputs = {name: t.to(device, dtype).requires_grad_() for name, t in drawn.items()}
+    return Case(op, inputs, fixed)
+
+
+def _features(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Vectors of a few items, none of whose cosines rounding could move over a threshold."""
+    total, metrics, size = shape
+    while True:
+        items = torch.randn(24, size, generator=generator).bfloat16().float()
+        direction = F.normalize(items, dim=-1)
+        if ((direction @ direction.T)[..., None] - torch.tensor([-0.5, 0.0, 0.3, 0.1])).abs().min() > 1e-4:
+            return items[torch.randint(24, (total, metrics), generator=generator)]
+
+
+def results(case: Case, outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of one random function of them, by name."""
+    generator = torch.Generator().manual_seed(1)
+    named = dict(zip(("output", "final state"), outputs, strict=False))
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in outputs]
+    terms = [(t.double() * w).sum() for t, w in zip(outputs, weights, strict=True)]
+    terms += [(t * 0).double().sum() for t in inputs.values()]  # where there are no rows, nothing else hangs together
+    total = torch.stack(terms).sum()
+    gradients = torch.autograd.grad(total, list(inputs.values()))
+    return named | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
+
+
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Largest deviation of each result over the truth's largest value, or 1 if that is less; NaN counts as infinite."""
+    off = {}
+    for name, want in truth.items():
+        if not want.numel():
+            continue
+        deviation = float(
+            (found[name].detach().double() - want.detach()).abs().max() / want.detach().abs().max().clamp_min(1.0)
+        )
+        off[name] = deviation if deviation == deviation else float("inf")
+    return off
+
+
+def excess(case: Case, backend: str, truth: dict[str, Tensor]) -> dict[str, float]:
+    """What of ``backend`` errs more than is :data:`ALLOWED`, as a multiple of that; empty where it is right."""
+    dtype = next(iter(case.inputs.values())).dtype
+    reference = errors(results(case, case.run("reference"), case.inputs), truth)
+    own = errors(results(case, case.run(backend), case.inputs), truth)
+    allowed = {name: ALLOWED * max(reference[name], torch.finfo(dtype).eps) for name in truth if name in reference}
+    return {name: own[name] / allowed[name] for name in allowed if own[name] > allowed[name]}
+
+
+def right(case: Case, backend: str) -> dict[str, float]:
+    """As :func:`excess`, with the reference in float64 for the truth."""
+    exact = case.exact()
+    return excess(case, backend, results(case, case.run("reference", exact), exact))

@@ -1,0 +1,56 @@
+"""Where and how a figure was measured."""
+
+import importlib.metadata
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "recbole", "mamba-ssm", "causal-conv1d")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit, for a result file."""
+    root = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": device_name(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit or "no repository",
+        "date": date.today().isoformat(),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def slug() -> str:
+    """The device's kind for a file's name: ``cpu-2`` or such as ``nvidia-h100-80gb-hbm3``."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{torch.get_num_threads()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()

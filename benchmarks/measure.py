@@ -1,0 +1,70 @@
+"""Time and peak memory of a function, on a GPU or a CPU."""
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def seconds(function: Callable[[], object], cuda: bool) -> float:
+    """How long one call takes; on a GPU by its own clock."""
+    if not cuda:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Work enough that the launches of what is timed are queued by the time that it is their turn.
+    torch.cuda._sleep(1_000_000)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def rounds(functions: dict[str, Callable[[], object]], count: int, cuda: bool) -> dict[str, list[float]]:
+    """Time each function ``count`` times, one after the other in every round, so that all meet the same noise."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
+            taken[name].append(seconds(function, cuda))
+    return taken
+
+
+def peak_bytes(function: Callable[[], object], cuda: bool) -> int | None:
+    """Memory that a call takes at its peak, above what was held before it; None where this cannot be known.
+
+    On a GPU as torch's allocator counts it; on a CPU as the process's resident set grows (Linux).
+    """
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written a second by a plain copy: the bandwidth that a floor is reckoned with."""
+    source = torch.ones(1 << (28 if device == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    taken = rounds({"copy": lambda: target.copy_(source)}, 7, device == "cuda")["copy"]
+    return 2 * source.numel() * source.element_size() / min(taken)

@@ -1,0 +1,135 @@
+"""Causal depthwise convolution on a GPU: Triton kernels, forward and backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recbole_ssm.ops.kernels import rows, sigmoid
+from recbole_ssm.ops.packing import borders
+
+ROWS = 32
+CHANNELS = 64
+
+
+@triton.jit
+def _tile(n_rows, n_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows (int64 ``[ROWS]``) and channels of a program's tile, and which of each there are."""
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    return t, d, t < n_rows, d < n_channels
+
+
+@triton.jit
+def _before_activation(x, weight, bias, t, d, position, real, here, x_stride, K: tl.constexpr):
+    """The weighted sum over the last K rows; ``position`` says how many of these the sequence has."""
+    total = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
+    if bias is not None:
+        total += tl.load(bias + d, mask=here, other=0.0).to(tl.float32)[None, :]
+    for back in tl.static_range(K):
+        w = tl.load(weight + d * K + (K - 1 - back), mask=here, other=0.0).to(tl.float32)
+        seen = (real & (position >= back))[:, None] & here[None, :]
+        value = tl.load(x + (t - back)[:, None] * x_stride + d[None, :], mask=seen, other=0.0)
+        total += w[None, :] * value.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _forward(
+    x, weight, bias, positions, y, n_rows, n_channels, x_stride,
+    SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    t, d, real, here = _tile(n_rows, n_channels, ROWS, CHANNELS)
+    position = tl.load(positions + t, mask=real, other=0)
+    out = _before_activation(x, weight, bias, t, d, position, real, here, x_stride, K)
+    if SILU:
+        out = out * sigmoid(out)
+    place = t[:, None] * n_channels + d[None, :]
+    tl.store(y + place, out.to(y.dtype.element_ty), mask=real[:, None] & here[None, :])
+
+
+@triton.jit
+def _backward_weight(
+    x, weight, bias, positions, grad_y, grad_sum, grad_weight, grad_bias, n_rows, n_channels, x_stride, y_stride,
+    SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the weighted sum, and this tile's share of the gradients of weight and bias."""
+    t, d, real, here = _tile(n_rows, n_channels, ROWS, CHANNELS)
+    block = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + t, mask=real, other=0)
+    inside = real[:, None] & here[None, :]
+    g = tl.load(grad_y + t[:, None] * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        total = _before_activation(x, weight, bias, t, d, position, real, here, x_stride, K)
+        share = sigmoid(total)
+        g *= share * (1.0 + total * (1.0 - share))
+        tl.store(grad_sum + t[:, None] * n_channels + d[None, :], g.to(grad_sum.dtype.element_ty), mask=inside)
+    for back in tl.static_range(K):
+        seen = (real & (position >= back))[:, None] & here[None, :]
+        value = tl.load(x + (t - back)[:, None] * x_stride + d[None, :], mask=seen, other=0.0).to(tl.float32)
+        place = (block * n_channels + d) * K + (K - 1 - back)
+        tl.store(grad_weight + place, tl.sum(g * value, 0), mask=here)
+    if grad_bias is not None:
+        tl.store(grad_bias + block * n_channels + d, tl.sum(g, 0), mask=here)
+
+
+@triton.jit
+def _backward_input(
+    grad_sum, weight, positions, grad_x, n_rows, n_channels, sum_stride,
+    K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    t, d, real, here = _tile(n_rows, n_channels, ROWS, CHANNELS)
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for ahead in tl.static_range(K):
+        w = tl.load(weight + d * K + (K - 1 - ahead), mask=here, other=0.0).to(tl.float32)
+        later = t + ahead < n_rows
+        # The row that many rows later has seen this one where its own sequence had begun by then.
+        position = tl.load(positions + t + ahead, mask=later, other=0)
+        seen = (later & (position >= ahead))[:, None] & here[None, :]
+        g = tl.load(grad_sum + (t + ahead)[:, None] * sum_stride + d[None, :], mask=seen, other=0.0)
+        total += w[None, :] * g.to(tl.float32)
+    place = t[:, None] * n_channels + d[None, :]
+    tl.store(grad_x + place, total.to(grad_x.dtype.element_ty), mask=real[:, None] & here[None, :])
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, silu, cu_seqlens):
+        x, weight = rows(x), weight.contiguous()
+        positions = borders(cu_seqlens).positions
+        (n_rows, n_channels), taps = x.shape, weight.shape[1]
+        y = x.new_empty(x.shape)
+        grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(n_channels, CHANNELS))
+        if n_rows:
+            _forward[grid](
+                x, weight, bias, positions, y, n_rows, n_channels, x.stride(0), silu, taps, ROWS, CHANNELS
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, positions)
+        ctx.silu, ctx.grid = silu, grid
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, bias, positions = ctx.saved_tensors
+        (n_rows, n_channels), taps = x.shape, weight.shape[1]
+        grad_y = rows(grad_y)
+        grad_sum = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.silu else grad_y
+        grad_x = x.new_empty(x.shape)
+        grad_weight = x.new_empty(ctx.grid[0], *weight.shape, dtype=torch.float32)
+        grad_bias = None if bias is None else x.new_empty(ctx.grid[0], n_channels, dtype=torch.float32)
+        if n_rows:
+            _backward_weight[ctx.grid](
+                x, weight, bias, positions, grad_y, grad_sum, grad_weight, grad_bias,
+                n_rows, n_channels, x.stride(0), grad_y.stride(0), ctx.silu, taps, ROWS, CHANNELS,
+            )  # fmt: skip
+            _backward_input[ctx.grid](
+                grad_sum, weight, positions, grad_x, n_rows, n_channels, grad_sum.stride(0), taps, ROWS, CHANNELS
+            )  # fmt: skip
+        return grad_x, grad_weight.sum(0), None if bias is None else grad_bias.sum(0), None, None
+
+
+def causal_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, cu_seqlens: Tensor
+) -> Tensor:
+    """The sum of :func:`recbole_ssm.ops.causal_conv` over sequences that start from zeros: ``[T, D]``."""
+    return _CausalConv.apply(x, weight, bias, activation == "silu", cu_seqlens)

@@ -1,0 +1,55 @@
+"""What the Triton kernels of all ops share."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.backends import cuda
+
+# Under TRITON_INTERPRET=1 kernels run in NumPy on the CPU, one program after another: for tests.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def tuned(configs: list[triton.Config], key: list[str]):
+    """Time ``configs`` once for each value of ``key``, and keep the fastest; under the interpreter take the first."""
+    return triton.autotune(configs[:1] if INTERPRETED.value else configs, key)
+
+
+def dot_precision() -> str:
+    """How products of float32 blocks are taken: as exactly as torch's own, by ``set_float32_matmul_precision``.
+
+    ``tf32x3`` runs on tensor cores in three passes and keeps float32's accuracy.
+    """
+    return "tf32" if cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor, its last dimension contiguous, as kernels address it by the stride of its rows alone."""
+    dense = tensor.stride(-1) == 1 and all(
+        tensor.stride(i) == tensor.shape[i + 1] * tensor.stride(i + 1) for i in range(1, tensor.dim() - 1)
+    )
+    return tensor if dense else tensor.contiguous()
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """Product of two blocks, summed in float32."""
+    if INTERPRETED:  # NumPy has no bfloat16; a product of two is exact in float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v))."""
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)), to float32's accuracy where it is tiny, too: a step size's relative error counts."""
+    w = tl.exp(-tl.abs(v))
+    # log1p(w) = 2 atanh(w / (2 + w)), whose series in s <= 1/3 is exact to 2e-8 after seven terms.
+    s = w / (2.0 + w)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(v, 0.0) + 2.0 * s * series

@@ -1,0 +1,339 @@
+"""State-space duality on a GPU: the chunked algorithm of arXiv 2405.21060, section 6, in two Triton kernels each way.
+
+:func:`_pass_states` carries the states (backward: their gradients) from chunk to chunk, one program a sequence and
+head; where every sequence fits a chunk there is nothing to carry and it is not launched. :func:`_forward` and
+:func:`_backward` then work on all chunks at once, one program for several heads, which share ``C B^T``.
+
+Shapes inside: ``Q`` rows a chunk, ``P`` the width of a head, ``N`` states; ``l`` is the log decay from before the
+chunk's first row to after each of its rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recbole_ssm.ops.kernels import dot, dot_precision, rows, sigmoid, softplus, tuned
+from recbole_ssm.ops.packing import borders
+
+HEADS_PER_PROGRAM = 8
+CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
+SHAPE = ["Q", "P", "N"]
+
+
+@triton.jit
+def _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS: tl.constexpr):
+    """Step sizes before and after softplus and ``l``, each ``[Q]``, and the last of ``l``; no step past the end."""
+    raw = tl.load(dt + t * dt_stride + h, mask=real, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        raw += tl.load(dt_bias + h).to(tl.float32)
+    step = tl.where(real, softplus(raw) if SOFTPLUS else raw, 0.0)
+    log_decay = tl.cumsum(step * tl.load(A + h).to(tl.float32), 0)
+    # Read rather than summed anew: differences from it must be exactly 0 at the last row.
+    last = tl.arange(0, t.shape[0]) == t.shape[0] - 1
+    return raw, step, log_decay, tl.sum(tl.where(last, log_decay, 0.0), 0)
+
+
+@triton.jit
+def _load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[Q, BLOCK]``: columns ``offset`` to ``offset + WIDTH`` of the rows ``t``, zeros elsewhere."""
+    column = tl.arange(0, BLOCK)
+    inside = real[:, None] & (column < WIDTH)[None, :]
+    return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _state_places(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets within a state ``[P, N]`` and which of them there are."""
+    p, n = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    return p * N + n, (p < P) & (n < N)
+
+
+@tuned(CONFIGS, [*SHAPE, "REVERSE"])
+@triton.jit
+def _pass_states(
+    x, dt, A, B, dt_bias, edge, cu_seqlens, joints, states, last,
+    n_heads, heads_per_group, x_stride, dt_stride, B_stride,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """State at every joint of two chunks; ``REVERSE``: its gradient, with grad_y for x and C for B.
+
+    ``edge`` is the state that enters the first chunk (the gradient that enters the last), ``last`` the state that
+    leaves the last one (the gradient that leaves the first); either may be absent.
+    """
+    sequence, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    joint = tl.load(joints + sequence).to(tl.int64)
+    n_chunks = (end - begin + Q - 1) // Q
+    place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if edge is not None:
+        state = tl.load(edge + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
+    for i in range(n_chunks):
+        if REVERSE:
+            chunk = n_chunks - 1 - i
+            between = chunk
+        else:
+            chunk = i
+            between = chunk - 1
+        if i > 0:
+            tl.store(states + ((joint + between) * n_heads + h) * P * N + place, state, mask=inside)
+        if (i + 1 < n_chunks) or (last is not None):
+            t = begin + chunk * Q + tl.arange(0, Q)
+            real = t < end
+            _raw, step, log_decay, total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
+            weight = tl.exp(log_decay) if REVERSE else step * tl.exp(total - log_decay)
+            inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+            matrix = _load_rows(B, t, real, B_stride, (h // heads_per_group) * N, N, BLOCK_N)
+            weighted = (inputs * weight[:, None]).to(matrix.dtype)
+            state = tl.exp(total) * state + dot(tl.trans(weighted), matrix, PRECISION)
+    if last is not None:
+        tl.store(last + (sequence * n_heads + h) * P * N + place, state, mask=inside)
+
+
+@triton.jit
+def _chunk_rows(cu_seqlens, sequences, starts, joints, Q: tl.constexpr):
+    """The program's chunk: sequence, number within it, rows ``[Q]``, which are real, first joint, whether the last."""
+    chunk = tl.program_id(0)
+    sequence = tl.load(sequences + chunk).to(tl.int64)
+    number = chunk - tl.load(starts + sequence)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    t = tl.load(cu_seqlens + sequence).to(tl.int64) + number * Q + tl.arange(0, Q)
+    is_last = chunk + 1 == tl.load(starts + sequence + 1)
+    return sequence, number, t, t < end, tl.load(joints + sequence).to(tl.int64), is_last
+
+
+@triton.jit
+def _decay_between(log_decay, Q: tl.constexpr):
+    """``[Q, Q]``: decay from a row (second index) to a later one (first), 0 to an earlier one."""
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    return tl.exp(tl.where(i >= j, log_decay[:, None] - log_decay[None, :], float("-inf")))
+
+
+@tuned(CONFIGS, SHAPE)
+@triton.jit
+def _forward(
+    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y,
+    n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, number, t, real, joint, _is_last = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    first_head = tl.program_id(1) * HEADS
+    group = first_head // heads_per_group
+    place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
+    b = _load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
+    c = _load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
+    scores = dot(c, tl.trans(b), PRECISION)
+    for h in range(first_head, first_head + HEADS):
+        _raw, step, log_decay, _total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
+        inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+        mixing = scores * _decay_between(log_decay, Q) * step[None, :]
+        out = dot(mixing.to(inputs.dtype), inputs, PRECISION)
+        if (number > 0) or (initial is not None):
+            state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+            if number > 0:
+                state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+            elif initial is not None:
+                state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
+            carried = dot(c, tl.trans(state).to(c.dtype), PRECISION)
+            out += tl.exp(log_decay)[:, None] * carried
+        if D is not None:
+            out += tl.load(D + h).to(tl.float32) * inputs.to(tl.float32)
+        p = tl.arange(0, BLOCK_P)
+        tl.store(
+            y + (t[:, None] * n_heads + h) * P + p[None, :],
+            out.to(y.dtype.element_ty),
+            mask=real[:, None] & (p < P)[None, :],
+        )
+
+
+@tuned(CONFIGS, SHAPE)
+@triton.jit
+def _backward(
+    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final, grad_states,
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
+    n_rows, n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride, y_stride,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence, number, t, real, joint, is_last = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    chunk = tl.program_id(0).to(tl.int64)
+    first_head = tl.program_id(1) * HEADS
+    group = first_head // heads_per_group
+    place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    b = _load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
+    c = _load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
+    scores = dot(c, tl.trans(b), PRECISION)
+    of_scores = tl.zeros([Q, Q], tl.float32)
+    of_b = tl.zeros([Q, BLOCK_N], tl.float32)
+    of_c = tl.zeros([Q, BLOCK_N], tl.float32)
+    for h in range(first_head, first_head + HEADS):
+        rate = tl.load(A + h).to(tl.float32)
+        raw, step, log_decay, total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
+        inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+        of_out = _load_rows(grad_y, t, real, y_stride, h * P, P, BLOCK_P)
+
+        # Within the chunk: out = (scores * decay * step) inputs.
+        decay = _decay_between(log_decay, Q)
+        of_mixing = dot(of_out, tl.trans(inputs), PRECISION)
+        of_scores += of_mixing * decay * step[None, :]
+        mixing = (scores * decay * step[None, :]).to(inputs.dtype)
+        of_inputs = dot(tl.trans(mixing), of_out, PRECISION)
+        through_decay = of_mixing * scores * decay
+        of_step = tl.sum(through_decay, 0)
+        # A row's own term does not decay; left in, it would cancel only up to rounding.
+        through_decay = tl.where(i > j, through_decay * step[None, :], 0.0)
+        of_log_decay = tl.sum(through_decay, 1) - tl.sum(through_decay, 0)
+        of_total = 0.0
+
+        # From the entering state: out += exp(l) C state.
+        state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        if number > 0:
+            state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+        elif initial is not None:
+            state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
+        if (number > 0) or (initial is not None):
+            read = dot(of_out, state.to(of_out.dtype), PRECISION) * tl.exp(log_decay)[:, None]
+            of_c += read
+            of_log_decay += tl.sum(read * c.to(tl.float32), 1)
+
+        # To the leaving state: exp(l_end) state + sum_j exp(l_end - l_j) step_j inputs_j B_j^T.
+        if (is_last == 0) or (grad_final is not None):
+            g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+            if is_last == 0:
+                g = tl.load(grad_states + ((joint + number) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+            elif grad_final is not None:
+                g = tl.load(grad_final + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
+            to_end = tl.exp(total - log_decay)
+            written = dot(b, tl.trans(g).to(b.dtype), PRECISION)
+            of_inputs += (step * to_end)[:, None] * written
+            of_b += (step * to_end)[:, None] * dot(inputs, g.to(inputs.dtype), PRECISION)
+            share = to_end * tl.sum(inputs.to(tl.float32) * written, 1)
+            of_step += share
+            of_log_decay -= step * share
+            of_total += tl.sum(step * share, 0) + tl.exp(total) * tl.sum(g * state)
+
+        if D is not None:
+            skip = tl.load(D + h).to(tl.float32)
+            of_inputs += skip * of_out.to(tl.float32)
+            tl.store(grad_D + chunk * n_heads + h, tl.sum(of_out.to(tl.float32) * inputs.to(tl.float32)))
+        # l at a row sums the exponents of all rows up to it.
+        of_exponent = tl.cumsum(of_log_decay, 0, reverse=True) + of_total
+        tl.store(grad_A + chunk * n_heads + h, tl.sum(of_exponent * step, 0))
+        of_step += of_exponent * rate
+        if SOFTPLUS:
+            of_step *= sigmoid(raw)
+        if grad_bias is not None:
+            tl.store(grad_bias + chunk * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
+        tl.store(grad_dt + t * n_heads + h, of_step.to(grad_dt.dtype.element_ty), mask=real)
+        tl.store(
+            grad_x + (t[:, None] * n_heads + h) * P + p[None, :],
+            of_inputs.to(grad_x.dtype.element_ty),
+            mask=real[:, None] & (p < P)[None, :],
+        )
+    of_scores = of_scores.to(b.dtype)
+    of_c += dot(of_scores, b, PRECISION)
+    of_b += dot(tl.trans(of_scores), c, PRECISION)
+    there = real[:, None] & (n < N)[None, :]
+    place_n = (tl.program_id(1).to(tl.int64) * n_rows + t[:, None]) * N + n[None, :]
+    tl.store(grad_B + place_n, of_b, mask=there)
+    tl.store(grad_C + place_n, of_c, mask=there)
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state, chunk_size
+    ):  # fmt: skip
+        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
+        initial = None if initial is None else initial.float().contiguous()
+        known = borders(cu_seqlens)
+        (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
+        n_sequences = len(cu_seqlens) - 1
+        # Short sequences leave most of a long chunk empty; products of matrices start at 16 rows.
+        Q = max(16, min(triton.next_power_of_2(-(-n_rows // max(1, n_sequences))), 64, chunk_size))
+        sequences, starts = known.chunks(Q)
+        joints, n_joints = known.joints(Q)
+        per_group = n_heads // groups
+        heads = next(k for k in range(min(HEADS_PER_PROGRAM, per_group), 0, -1) if per_group % k == 0)
+        sizes = {
+            "Q": Q, "P": width, "N": n_states, "BLOCK_P": max(16, triton.next_power_of_2(width)),
+            "BLOCK_N": max(16, triton.next_power_of_2(n_states)), "SOFTPLUS": dt_softplus, "PRECISION": dot_precision(),
+        }  # fmt: skip
+        states = x.new_empty(n_joints, n_heads, width, n_states, dtype=torch.float32)
+        final = None
+        if return_final_state:
+            final = x.new_empty(n_sequences, n_heads, width, n_states, dtype=torch.float32)
+        if n_sequences and (n_joints or return_final_state):
+            _pass_states[n_sequences, n_heads](
+                x, dt, A, B, dt_bias, initial, cu_seqlens, joints, states, final,
+                n_heads, per_group, x.stride(0), dt.stride(0), B.stride(0), **sizes, REVERSE=False,
+            )  # fmt: skip
+        y = x.new_empty(x.shape)
+        if n_rows:
+            _forward[len(sequences), n_heads // heads](
+                x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y,
+                n_heads, per_group, x.stride(0), dt.stride(0), B.stride(0), C.stride(0), **sizes, HEADS=heads,
+            )  # fmt: skip
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states)
+        ctx.sizes, ctx.heads = sizes, heads
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_final):
+        x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states = ctx.saved_tensors
+        (n_rows, n_heads, _), (groups, n_states) = x.shape, B.shape[1:]
+        per_group, blocks = n_heads // groups, n_heads // ctx.heads
+        grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+        grad_final = None if grad_final is None else grad_final.contiguous()
+        grad_states = torch.empty_like(states)
+        grad_initial = None if initial is None else torch.empty_like(initial)
+        if len(cu_seqlens) > 1 and (len(states) or grad_initial is not None):
+            _pass_states[len(cu_seqlens) - 1, n_heads](
+                grad_y, dt, A, C, dt_bias, grad_final, cu_seqlens, joints, grad_states, grad_initial,
+                n_heads, per_group, grad_y.stride(0), dt.stride(0), C.stride(0), **ctx.sizes, REVERSE=True,
+            )  # fmt: skip
+        grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+        by_chunk = (len(sequences), n_heads)
+        grad_A, grad_D, grad_bias = (
+            None if t is None else x.new_empty(by_chunk, dtype=torch.float32) for t in (A, D, dt_bias)
+        )
+        grad_B, grad_C = (x.new_empty(blocks, n_rows, n_states, dtype=torch.float32) for _ in range(2))
+        if n_rows:
+            _backward[len(sequences), blocks](
+                x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
+                grad_states, grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, n_rows, n_heads, per_group,
+                x.stride(0), dt.stride(0), B.stride(0), C.stride(0), grad_y.stride(0), **ctx.sizes, HEADS=ctx.heads,
+            )  # fmt: skip
+        grad_B, grad_C = (
+            t.view(groups, blocks // groups, n_rows, n_states).sum(1).transpose(0, 1) for t in (grad_B, grad_C)
+        )
+        return (
+            grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C, None if D is None else grad_D.sum(0),
+            None if dt_bias is None else grad_bias.sum(0), grad_initial, None, None, None, None,
+        )  # fmt: skip
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    return_final_state: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """All of :func:`recbole_ssm.ops.ssd` in Triton kernels; states are float32."""
+    return _SSD.apply(
+        x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, return_final_state, chunk_size
+    )
