@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="tokens of all sequences together")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS, help="length of each sequence")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="float32; on a GPU both")
-    parser.add_argument("--limit", type=float, default=10.0, help="leave out what takes more seconds a call than this")
+    parser.add_argument("--limit", type=float, default=3.0, help="leave out what takes more seconds a call than this")
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/ops-<device>.json")
     parser.set_defaults(run=main)
 
@@ -150,7 +150,7 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
             previous[name] = taken / (total * (longest if quadratic else 1))
             timed[name] = candidate
             rows[name] = {}
-    count = max(3, min(20, math.ceil(2.0 / sum(seconds(c.both, cuda) for c in timed.values()))))
+    count = max(3, min(20, math.ceil(1.0 / sum(seconds(c.both, cuda) for c in timed.values()))))
     forward = rounds({name: c.alone for name, c in timed.items()}, count, cuda)
     both = rounds({name: c.both for name, c in timed.items()}, count, cuda)
     for name, candidate in timed.items():

@@ -430,7 +430,8 @@ class _PreferenceAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        everything = ctx.saved_tensors
+        inputs, saved = everything[:7], everything[7:]
         arrays = [t.numpy() for t in inputs]
         groups = _groups(arrays[-1])
         kernel, new = (_backward, torch.empty_like) if saved else (_backward_last, torch.zeros_like)

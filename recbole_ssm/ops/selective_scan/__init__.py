@@ -83,11 +83,15 @@ def selective_scan(
 
         y, final_state = selective_scan_external(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens)
     else:
-        y, final_state = _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        y, final_state = _on_torch(
+            chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
+        )
     return (y, final_state) if return_final_state else y
 
 
-def _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
+def _on_torch(
+    chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
+):  # fmt: skip
     """The backends that compute the recurrence alone; torch does what comes before and after it."""
     # The recurrence sums hundreds of terms, so it runs in float32 whatever the dtype of the activations.
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -96,13 +100,13 @@ def _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state,
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
         dt = F.softplus(dt)
-    if initial_state is None:
-        initial_state = x.new_zeros(len(cu_seqlens) - 1, *A.shape, dtype=compute)
-    u, dt, A, B, C, initial_state = (tensor.to(compute) for tensor in (x, dt, A, B, C, initial_state))
+    if initial_state is not None:
+        initial_state = initial_state.to(compute)
+    u, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
     if chosen == "cpu":
         from recbole_ssm.ops.selective_scan.cpu import selective_scan_cpu
 
-        y, final_state = selective_scan_cpu(u, dt, A, B, C, initial_state, cu_seqlens)
+        y, final_state = selective_scan_cpu(u, dt, A, B, C, initial_state, cu_seqlens, return_final_state)
     else:
         y, final_state = selective_scan_reference(u, dt, A, B, C, initial_state, cu_seqlens)
     if D is not None:

@@ -17,13 +17,13 @@ from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders
 def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state):
     D, N = A.shape
     for group in prange(len(group_of) - 1):
+        state = np.empty(N, np.float32)
         for s in range(group_of[group], group_of[group + 1]):
             begin, end = cu_seqlens[s], cu_seqlens[s + 1]
             for d in range(D):
-                state = final_state[s, d]
                 rate = A[d]
                 for n in range(N):
-                    state[n] = initial_state[s, d, n]
+                    state[n] = initial_state[s, d, n] if len(initial_state) > 0 else np.float32(0.0)
                 for t in range(begin, end):
                     step = dt[t, d]
                     drive = step * x[t, d]
@@ -33,6 +33,9 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                         state[n] = h
                         total += h * C[t, n]
                     y[t, d] = total
+                if len(final_state) > 0:
+                    for n in range(N):
+                        final_state[s, d, n] = state[n]
 
 
 @compiled
@@ -55,8 +58,8 @@ def _backward(
             for d in range(D):
                 rate = A[d]
                 for n in range(N):
-                    states[0, n] = initial_state[s, d, n]
-                    grad_state[n] = grad_final[s, d, n]
+                    states[0, n] = initial_state[s, d, n] if len(initial_state) > 0 else np.float32(0.0)
+                    grad_state[n] = grad_final[s, d, n] if len(grad_final) > 0 else np.float32(0.0)
                 for i in range(length):
                     step = dt[begin + i, d]
                     drive = step * x[begin + i, d]
@@ -85,17 +88,21 @@ def _backward(
                         grad_state[n] = carried
                     grad_x[t, d] = into_drive * step
                     grad_dt[t, d] = into_drive * inp + into_step
-                for n in range(N):
-                    grad_initial[s, d, n] = grad_state[n]
+                if len(grad_initial) > 0:
+                    for n in range(N):
+                        grad_initial[s, d, n] = grad_state[n]
 
 
 class _SelectiveScan(torch.autograd.Function):
+    """A state that is not given or not asked for is a tensor of no sequences, ``[0, D, N]``."""
+
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens):
+    def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens, return_final_state):
         inputs = [t.detach().contiguous() for t in (x, dt, A, B, C, initial_state)]
         arrays = [t.numpy() for t in inputs]
         borders = cu_seqlens.numpy()
-        y, final_state = torch.empty_like(inputs[0]), torch.empty_like(inputs[5])
+        y = torch.empty_like(inputs[0])
+        final_state = torch.empty((len(borders) - 1) * return_final_state, *A.shape)
         _forward(*arrays, borders, group_borders(borders), y.numpy(), final_state.numpy())
         ctx.save_for_backward(*inputs, cu_seqlens)
         return y, final_state
@@ -114,11 +121,21 @@ class _SelectiveScan(torch.autograd.Function):
         incoming = (grad_y.contiguous(), grad_final.contiguous())
         arrays = [t.numpy() for t in (*inputs, *incoming, *grads)]
         _backward(*arrays[:6], borders, groups, *arrays[6:])
-        return grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C, grad_initial, None
+        return grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C, grad_initial, None, None
 
 
 def selective_scan_cpu(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.selective_scan_reference`, compiled; float32 on the CPU, ``dt * A <= 0``."""
-    return _SelectiveScan.apply(x, dt, A, B, C, initial_state, cu_seqlens)
+    if initial_state is None:
+        initial_state = x.new_empty(0, *A.shape)
+    y, final_state = _SelectiveScan.apply(x, dt, A, B, C, initial_state, cu_seqlens, return_final_state)
+    return y, final_state if return_final_state else None

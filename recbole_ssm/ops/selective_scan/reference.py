@@ -7,7 +7,7 @@ from recbole_ssm.ops.packing import sequence_lengths
 
 
 def selective_scan_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of :func:`recbole_ssm.ops.selective_scan`, without skip, gate and softplus.
 
@@ -19,6 +19,8 @@ def selective_scan_reference(
     """
     lengths, by_length = sequence_lengths(cu_seqlens).sort(descending=True, stable=True)
     starts = cu_seqlens[:-1].long()[by_length]
+    if initial_state is None:
+        initial_state = x.new_zeros(len(lengths), *A.shape)
     state = initial_state[by_length]
     outputs, rows_done = [], []
     for t in range(int(lengths[0]) if len(lengths) else 0):
