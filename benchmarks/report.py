@@ -15,38 +15,42 @@ def write_section(path: Path, key: str, text: str) -> None:
 
 
 def ops_table(found: dict[str, Any]) -> str:
-    """Forward and backward of every case: tokens a microsecond, memory, and how many times as fast as the rest."""
+    """Every case of a result file of ``python -m benchmarks ops``."""
     about = found["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
     lines = [
         f"### Ops on {about['device']}",
         "",
-        f"Commit {about['commit']}, {about['date']}; {versions}. Forward and backward; time is the median of rounds in "
-        "which every candidate runs once; 'times as fast' is the median of the rounds' ratios to the reference; memory "
-        "is the peak above what was held before; the floor is the least traffic over this machine's copy rate "
-        f"({found['copy_bytes_per_s'] / 1e9:.0f} GB/s). `python -m benchmarks ops`.",
+        f"Commit {about['commit']}, {about['date']}; {versions}. `python -m benchmarks ops`. Each pair is forward alone / "
+        "forward and backward: milliseconds (median of rounds in which every candidate runs once), how many times as "
+        "fast as the reference (median of the rounds' ratios), peak memory above what was held before, and time over "
+        f"that of the least traffic at this machine's copy rate ({found['copy_bytes_per_s'] / 1e9:.0f} GB/s).",
     ]
     heading = None
     for case in found["cases"]:
         title = f"{case['op']} {' '.join(f'{k} {v}' for k, v in case['sizes'].items())}, {case['dtype']}"
         if title != heading:
             heading = title
-            lines += [
-                "",
-                f"#### {title}",
-                "",
-                "| length | tokens | candidate | ms | times as fast | MiB | times floor |",
-            ]
-            lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
+            lines += ["", f"#### {title}", ""]
+            lines.append("| length | tokens | candidate | ms | times as fast | MiB | times the floor |")
+            lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
         for name, row in case["results"].items():
-            start = f"| {case['length']} | {case['tokens']} | {name} "
-            if "both_s" not in row:
-                lines.append(f"{start}| left out: {row['left out']} | | | |")
-                continue
-            ratio = row.get("times_as_fast_as", {}).get("reference", {}).get("both")
-            memory = row["both_peak_bytes"]
-            lines.append(
-                f"{start}| {row['both_s'] * 1e3:.4g} | {'' if ratio is None else f'{ratio:.3g}'} "
-                f"| {'' if memory is None else f'{memory / 2**20:.0f}'} | {row['both_s'] / case['floor_both_s']:.3g} |"
-            )
+            lines.append(f"| {case['length']} | {case['tokens']} | {name} | {' | '.join(_cells(case, row))} |")
     return "\n".join(lines)
+
+
+def _cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    if "left out" in row:
+        return [f"left out: {row['left out']}", "", "", ""]
+    ratio = row.get("times_as_fast_as", {}).get("reference", {})
+    memory = [None if b is None else b / 2**20 for b in (row["forward_peak_bytes"], row["both_peak_bytes"])]
+    return [
+        _pair(row["forward_s"] * 1e3, row["both_s"] * 1e3),
+        _pair(ratio.get("forward"), ratio.get("both")),
+        _pair(*memory),
+        _pair(row["forward_s"] / case["floor_forward_s"], row["both_s"] / case["floor_both_s"]),
+    ]
+
+
+def _pair(forward: float | None, both: float | None) -> str:
+    return "" if forward is None or both is None else f"{forward:.3g} / {both:.3g}"
