@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="tokens of all sequences together")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS, help="length of each sequence")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="float32; on a GPU both")
-    parser.add_argument("--limit", type=float, default=3.0, help="leave out what takes more seconds a call than this")
+    parser.add_argument("--limit", type=float, default=6.0, help="leave out what takes more seconds a call than this")
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/ops-<device>.json")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md", help="page for the table")
     parser.set_defaults(run=main)
 
 
@@ -137,6 +138,7 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     rows: dict[str, Any] = {}
     timed: dict[str, Candidate] = {}
+    round_s = 0.0
     for name, candidate in candidates(case, checked):
         quadratic = case.op == "preference_attention"
         expected = previous.get(name, 0.0) * total * (longest if quadratic else 1)
@@ -147,10 +149,11 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
         else:
             candidate.both()  # compile, tune, warm up
             taken = seconds(candidate.both, cuda)
+            round_s += taken
             previous[name] = taken / (total * (longest if quadratic else 1))
             timed[name] = candidate
             rows[name] = {}
-    count = max(3, min(20, math.ceil(1.0 / sum(seconds(c.both, cuda) for c in timed.values()))))
+    count = max(3, min(20, math.ceil(1.0 / max(round_s, 1e-3))))
     forward = rounds({name: c.alone for name, c in timed.items()}, count, cuda)
     both = rounds({name: c.both for name, c in timed.items()}, count, cuda)
     for name, candidate in timed.items():
@@ -223,8 +226,8 @@ def main(arguments: argparse.Namespace) -> None:
                         })  # fmt: skip
                         print(f"{op} {sizes} {dtype} length {length} tokens {tokens}: {_line(rows)}", flush=True)
                         output.write_text(json.dumps(found, indent=1) + "\n")
-    write_section(HERE.parent / "docs" / "benchmarks.md", f"ops {slug()}", ops_table(found))
-    print(f"written: {output} and docs/benchmarks.md")
+    write_section(arguments.page, f"ops {slug()}", ops_table(found))
+    print(f"written: {output} and {arguments.page}")
 
 
 def _line(rows: dict[str, Any]) -> str:

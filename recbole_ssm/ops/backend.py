@@ -25,7 +25,8 @@ EXTERNAL = {
 
 @lru_cache(maxsize=None)
 def _announce(op: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    logging.getLogger().info(f"{op} runs on the {backend} backend ({device}, {dtype})")
+    first = "; its first use on a machine compiles it, in up to half a minute" if backend != "reference" else ""
+    logging.getLogger().info(f"{op} runs on the {backend} backend ({device}, {dtype}){first}")
 
 
 def choose(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "") -> str:

@@ -30,6 +30,10 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if dense else tensor.contiguous()
 
 
+# Sizes of a batch: Triton would compile a kernel anew for those that are 1 or a multiple of 16.
+BATCH_SIZES = ["n_rows", "n_sequences"]
+
+
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """Product of two blocks, summed in float32."""

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recbole_ssm.ops.kernels import rows, sigmoid
+from recbole_ssm.ops.kernels import BATCH_SIZES, rows, sigmoid
 from recbole_ssm.ops.packing import borders
 
 ROWS = 32
@@ -34,7 +34,7 @@ def _before_activation(x, weight, bias, t, d, position, real, here, x_stride, K:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _forward(
     x, weight, bias, positions, y, n_rows, n_channels, x_stride,
     SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -48,7 +48,7 @@ def _forward(
     tl.store(y + place, out.to(y.dtype.element_ty), mask=real[:, None] & here[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_weight(
     x, weight, bias, positions, grad_y, grad_sum, grad_weight, grad_bias, n_rows, n_channels, x_stride, y_stride,
     SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -73,7 +73,7 @@ def _backward_weight(
         tl.store(grad_bias + block * n_channels + d, tl.sum(g, 0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_input(
     grad_sum, weight, positions, grad_x, n_rows, n_channels, sum_stride,
     K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recbole_ssm.ops.kernels import rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import BATCH_SIZES, rows, sigmoid, softplus
 from recbole_ssm.ops.packing import borders
 
 ROWS = 16
@@ -78,7 +78,7 @@ def _forward(
             tl.store(y + t * n_channels + d, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward(
     x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, starts, states, grad_y, grad_final,
     grad_states, grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial,

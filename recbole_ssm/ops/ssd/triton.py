@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recbole_ssm.ops.kernels import dot, dot_precision, rows, sigmoid, softplus, tuned
+from recbole_ssm.ops.kernels import BATCH_SIZES, dot, dot_precision, rows, sigmoid, softplus, tuned
 from recbole_ssm.ops.packing import borders
 
 HEADS_PER_PROGRAM = 8
@@ -150,7 +150,7 @@ def _forward(
 
 
 @tuned(CONFIGS, SHAPE)
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward(
     x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final, grad_states,
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
