@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-1e30)
 
 
 def _configs(block: str) -> list[triton.Config]:
-    return [triton.Config({block: size}, num_warps=warps) for size, warps in ((32, 4), (64, 4), (64, 8))]
+    return [triton.Config({block: size}, num_warps=warps) for size, warps in ((32, 4), (64, 8))]
 
 
 @triton.jit
