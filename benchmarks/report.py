@@ -23,9 +23,9 @@ def ops_table(found: dict[str, Any]) -> str:
         "",
         f"Commit {about['commit']}, {about['date']}; {versions}. `python -m benchmarks ops`.",
         "",
-        "Each pair is forward alone / forward and backward: milliseconds (median of rounds in which every candidate runs "
-        "once), how many times as fast as the reference (median of the rounds' ratios), peak memory above what was held "
-        "before, and time over that of the least traffic at this machine's copy rate "
+        "Each pair is forward alone / forward and backward: milliseconds (median of rounds in which every candidate "
+        "runs once), how many times as fast as the reference (median of the rounds' ratios), peak memory above what "
+        "was held before, and time over that of the least traffic at this machine's copy rate "
         f"({found['copy_bytes_per_s'] / 1e9:.0f} GB/s).",
     ]
     heading = None

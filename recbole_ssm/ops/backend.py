@@ -12,8 +12,8 @@ from recbole_ssm.errors import BackendUnavailable
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "mamba_ssm")
 
-# Oldest Triton whose kernels may carry tuples of blocks through a loop.
-TRITON = (3, 3)
+# Oldest Triton that the kernels are made for.
+TRITON = (3, 4)
 
 # What the adapters need, and how to get it.
 EXTERNAL = {
@@ -87,10 +87,10 @@ def _without_cpu(tensor: torch.Tensor) -> str:
 
 def _without_triton(tensor: torch.Tensor) -> str:
     if not _triton_version():
-        return "Triton is not installed; run: pip install 'triton>=3.3' (Linux only)"
+        return "Triton is not installed; run: pip install 'triton>=3.4' (Linux only)"
     if _triton_version() < TRITON:
         return (
-            "Triton is too old; run: pip install --upgrade 'triton>=3.3', with a PyTorch that takes it (2.7 or later)"
+            "Triton is too old; run: pip install --upgrade 'triton>=3.4', with a PyTorch that takes it (2.8 or later)"
         )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if tensor.device.type == "cuda" or (interpreted and tensor.device.type == "cpu"):

@@ -19,7 +19,10 @@ def dot_precision() -> str:
 
     ``tf32x3`` runs on tensor cores in three passes and keeps float32's accuracy.
     """
-    return "tf32" if cuda.matmul.allow_tf32 else "tf32x3"
+    # torch 2.9 and later refuse to tell the one by the other's name once both have been set.
+    precision = getattr(cuda.matmul, "fp32_precision", None)
+    allowed = cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -34,9 +37,15 @@ def rows(tensor: Tensor) -> Tensor:
 BATCH_SIZES = ["n_rows", "n_sequences"]
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read those that have no rows: contiguous."""
+    return None if tensor is None else tensor.contiguous()
+
+
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """Product of two blocks, summed in float32."""
+    """Product of two blocks of one dtype, summed in float32."""
+    tl.static_assert(a.dtype == b.dtype, "a product needs operands of one dtype")
     if INTERPRETED:  # NumPy has no bfloat16; a product of two is exact in float32
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)

@@ -26,7 +26,8 @@ def sequence_lengths(cu_seqlens: Tensor) -> Tensor:
 def sequence_ids(cu_seqlens: Tensor) -> Tensor:
     """The sequence register: which sequence each row belongs to, int64 ``[T]`` (Mamba-2's ``seq_idx``)."""
     lengths = sequence_lengths(cu_seqlens)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+    numbers = torch.arange(len(lengths), device=cu_seqlens.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=borders(cu_seqlens).total)
 
 
 def positions(cu_seqlens: Tensor) -> Tensor:
@@ -41,6 +42,7 @@ def last_rows(cu_seqlens: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def single_rows(count: int, device: torch.device) -> Tensor:
     """Borders of ``count`` sequences of one row each, int32 ``[count+1]``; not to be written to."""
     return torch.arange(count + 1, dtype=torch.int32, device=device)
@@ -81,6 +83,7 @@ class Borders:
     Attributes:
         lengths: length of each sequence, int64 ``[S]``, on the CPU.
         total: rows of all sequences, ``T``.
+        positions: what :func:`row_positions` has found.
 
     Raises:
         ValueError: where the borders are none.
@@ -97,19 +100,14 @@ class Borders:
         self.total = int(host[-1])
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
         self._joints: dict[int, tuple[Tensor, int]] = {}
+        self.positions: Tensor | None = None
 
     @cached_property
     def longest(self) -> int:
         """Length of the longest sequence, 0 where there is none."""
         return int(self.lengths.max()) if len(self.lengths) else 0
 
-    @cached_property
-    def positions(self) -> Tensor:
-        """Position of each row within its own sequence, int32 ``[T]``."""
-        ends = self.lengths.cumsum(0)
-        starts = torch.repeat_interleave(ends - self.lengths, self.lengths)
-        return (torch.arange(self.total) - starts).to(self.device, torch.int32)
-
+    @torch.inference_mode(False)
     def chunks(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut each sequence into chunks of ``size`` rows, its last one shorter.
 
@@ -123,6 +121,7 @@ class Borders:
             self._chunks[size] = sequences.to(self.device), starts.to(self.device)
         return self._chunks[size]
 
+    @torch.inference_mode(False)
     def joints(self, size: int) -> tuple[Tensor, int]:
         """Where state passes from one chunk of ``size`` rows to the next: nowhere in a sequence of one chunk.
 
@@ -138,13 +137,24 @@ class Borders:
 _known = WeakTensorKeyDictionary()
 
 
+@torch.inference_mode(False)  # what is kept must serve training, too
 def borders(cu_seqlens: Tensor) -> Borders:
     """The borders' :class:`Borders`, kept for as long as the tensor lives unchanged: each look at a GPU's waits."""
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    if cu_seqlens.is_inference():  # which does not tell whether it has been written to
+        return Borders(cu_seqlens)
     found = _known.get(cu_seqlens)
-    if found is None or found[0] != version:
-        found = _known[cu_seqlens] = (version, Borders(cu_seqlens))
+    if found is None or found[0] != cu_seqlens._version:
+        found = _known[cu_seqlens] = (cu_seqlens._version, Borders(cu_seqlens))
     return found[1]
+
+
+@torch.inference_mode(False)
+def row_positions(cu_seqlens: Tensor) -> Tensor:
+    """As :func:`positions`, int32, and kept like :func:`borders`."""
+    known = borders(cu_seqlens)
+    if known.positions is None:
+        known.positions = positions(cu_seqlens).to(torch.int32)
+    return known.positions
 
 
 def check_packed(cu_seqlens: Tensor, **tensors: Tensor | None) -> None:

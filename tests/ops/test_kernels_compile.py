@@ -20,6 +20,7 @@ from recbole_ssm.ops.ssd import triton as ssd
 
 dtype = sys.argv[1]
 INDEX = ("cu_seqlens", "cu_queries", "cu_keys", "sequences", "starts", "joints", "positions")
+OPTIONAL = "D z dt_bias bias initial final edge last grad_final grad_D grad_z grad_bias grad_initial".split()
 LIKE_INPUT = (
     "x dt B C z y q k v out grad_y grad_out grad_x grad_dt grad_z grad_q grad_k grad_v grad_sum".split()
 )
@@ -42,16 +43,21 @@ for kernel, constants in (
     (attention._backward_keys, {**attend, "WINDOW": 5}),
 ):
     kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    signature = {}
-    for name in kernel.arg_names:
+    signature, aligned = {}, {}
+    if dtype == "bf16":  # once with all of them, in float32, and once without
+        constants = {**constants, **{name: None for name in OPTIONAL if name in kernel.arg_names}}
+    for place, name in enumerate(kernel.arg_names):
+        if name not in constants and not name.startswith("n_"):
+            aligned[(place,)] = [["tt.divisibility", 16]]  # as the tensors of a real call are
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("n_") or name.endswith("_stride") or name == "heads_per_group":
             signature[name] = "i32"
         else:
             signature[name] = "*i32" if name in INDEX else f"*{dtype}" if name in LIKE_INPUT else "*fp32"
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__module__, kernel.__name__, "shared", compiled.metadata.shared, flush=True)
     assert compiled.metadata.shared < 99 * 1024, "more shared memory than a block has on most GPUs"
 """

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.compiled import compiled, exp, group_borders, part
 
@@ -94,6 +95,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, taps, bias, cu_seqlens = ctx.saved_tensors
         borders = cu_seqlens.numpy()

@@ -14,6 +14,8 @@ def causal_conv_external(
 
     Its kernels take multiples of 8 channels, so others are filled up with zeros, at the price of a copy.
     """
+    if not len(x):
+        return x.new_empty(x.shape)
     from causal_conv1d import causal_conv1d_fn
 
     channels = x.shape[1]
@@ -22,4 +24,4 @@ def causal_conv_external(
     bias = None if bias is None else F.pad(bias, (0, missing)).to(x.dtype)
     register = sequence_ids(cu_seqlens).to(torch.int32)[None]
     y = causal_conv1d_fn(x.contiguous().T[None], weight, bias, seq_idx=register, activation=activation)
-    return y[0].T[:, :channels]
+    return y.squeeze(0).T[:, :channels]

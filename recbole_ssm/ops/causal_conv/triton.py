@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, rows, sigmoid
-from recbole_ssm.ops.packing import borders
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid
+from recbole_ssm.ops.packing import row_positions
 
 ROWS = 32
 CHANNELS = 64
@@ -96,7 +97,7 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, silu, cu_seqlens):
         x, weight = rows(x), weight.contiguous()
-        positions = borders(cu_seqlens).positions
+        positions = row_positions(cu_seqlens)
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
         y = x.new_empty(x.shape)
         grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(n_channels, CHANNELS))
@@ -109,6 +110,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, bias, positions = ctx.saved_tensors
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
@@ -132,4 +134,5 @@ def causal_conv_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, cu_seqlens: Tensor
 ) -> Tensor:
     """The sum of :func:`recbole_ssm.ops.causal_conv` over sequences that start from zeros: ``[T, D]``."""
-    return _CausalConv.apply(x, weight, bias, activation == "silu", cu_seqlens)
+    with torch.cuda.device_of(x):
+        return _CausalConv.apply(x, weight, dense(bias), activation == "silu", cu_seqlens)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed
+from recbole_ssm.ops.packing import borders, check_packed
 from recbole_ssm.ops.preference_attention.reference import preference_attention_reference
 
 
@@ -63,7 +63,7 @@ def preference_attention(
         )
     if queries not in ("all", "last"):
         raise ValueError(f"unknown queries {queries!r}: all or last")
-    if queries == "last" and bool((cu_seqlens.diff() == 0).any()):
+    if queries == "last" and bool((borders(cu_seqlens).lengths == 0).any()):
         raise ValueError("queries='last' needs at least one row in every sequence")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, but at least the query's own row must be seen")

@@ -14,6 +14,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.compiled import compiled, exp, group_borders, part
 
@@ -429,6 +430,7 @@ class _PreferenceAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         everything = ctx.saved_tensors
         inputs, saved = everything[:7], everything[7:]

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import dot, dot_precision, rows, tuned
+from recbole_ssm.ops.kernels import dense, dot, dot_precision, rows, tuned
 from recbole_ssm.ops.packing import borders, last_rows, single_rows
 
 # Finite, so that a row which has seen nothing yet does not subtract infinity from itself.
@@ -18,7 +19,9 @@ LOWEST = tl.constexpr(-1e30)
 
 
 def _configs(block: str) -> list[triton.Config]:
-    return [triton.Config({block: size}, num_warps=warps) for size, warps in ((32, 4), (64, 8))]
+    # The first needs the least shared memory.
+    sizes = ((32, 4, 1), (64, 8, 2))
+    return [triton.Config({block: size}, num_warps=warps, num_stages=stages) for size, warps, stages in sizes]
 
 
 @triton.jit
@@ -233,6 +236,7 @@ class _PreferenceAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         *tensors, out, log_sums = ctx.saved_tensors
         q, k, v, fq, fk, *_, cu_queries, cu_keys = tensors
@@ -273,10 +277,13 @@ def preference_attention_triton(
     last_only: bool,
 ) -> Tensor:
     """As :func:`.reference.preference_attention_reference`; the cosines are taken in float32 whatever ``q``'s dtype."""
+    cu_seqlens = cu_seqlens.contiguous()
     queries, asked, cu_queries = q, direction, cu_seqlens
     if last_only:
         read = last_rows(cu_seqlens)
         queries, asked, cu_queries = q[read], direction[read], single_rows(len(read), q.device)
-    return _PreferenceAttention.apply(
-        queries, k, v, asked, direction, similarity_weight, threshold, cu_queries, cu_seqlens, window
-    )
+    with torch.cuda.device_of(q):
+        return _PreferenceAttention.apply(
+            queries, k.to(q.dtype), v.to(q.dtype), asked, direction, dense(similarity_weight), dense(threshold),
+            cu_queries, cu_seqlens, window,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders
 
@@ -108,6 +109,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_final):
         *inputs, cu_seqlens = ctx.saved_tensors
         x, dt, A, B, C, initial_state = inputs

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid, softplus
 from recbole_ssm.ops.packing import borders
 
 ROWS = 16
@@ -227,6 +228,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, None if final is None else final.mT
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_final):
         x, dt, rate, B, C, D, z, dt_bias, start, cu_seqlens, starts, states = ctx.saved_tensors
         n_sequences, (n_states, n_channels) = len(cu_seqlens) - 1, rate.shape
@@ -273,6 +275,8 @@ def selective_scan_triton(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """All of :func:`recbole_ssm.ops.selective_scan` in one kernel each way; states are float32."""
-    return _SelectiveScan.apply(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, return_final_state
-    )
+    with torch.cuda.device_of(x):
+        return _SelectiveScan.apply(
+            x, dt, A, B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
+            dt_softplus, return_final_state,
+        )  # fmt: skip

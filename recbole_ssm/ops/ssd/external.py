@@ -20,6 +20,8 @@ def ssd_external(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`recbole_ssm.ops.ssd` from zero states; final states have no gradient."""
+    if not len(x):
+        return x.new_empty(x.shape), x.new_zeros(len(cu_seqlens) - 1, *x.shape[1:], B.shape[2], dtype=torch.float32)
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     register = sequence_ids(cu_seqlens).to(torch.int32)[None]

@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dot, dot_precision, rows, sigmoid, softplus, tuned
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dot, dot_precision, rows, sigmoid, softplus, tuned
 from recbole_ssm.ops.packing import borders
 
 HEADS_PER_PROGRAM = 8
-CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
+# The first needs the least shared memory.
+CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 1), (8, 2))]
 SHAPE = ["Q", "P", "N"]
 
 
@@ -255,7 +257,8 @@ class _SSD(torch.autograd.Function):
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
         n_sequences = len(cu_seqlens) - 1
         # Short sequences leave most of a long chunk empty; products of matrices start at 16 rows.
-        Q = max(16, min(triton.next_power_of_2(-(-n_rows // max(1, n_sequences))), 64, chunk_size))
+        at_most = min(64, 1 << (max(16, chunk_size).bit_length() - 1))
+        Q = max(16, min(triton.next_power_of_2(-(-n_rows // max(1, n_sequences))), at_most))
         sequences, starts = known.chunks(Q)
         joints, n_joints = known.joints(Q)
         per_group = n_heads // groups
@@ -285,6 +288,7 @@ class _SSD(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_final):
         x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states = ctx.saved_tensors
         (n_rows, n_heads, _), (groups, n_states) = x.shape, B.shape[1:]
@@ -334,6 +338,8 @@ def ssd_triton(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     """All of :func:`recbole_ssm.ops.ssd` in Triton kernels; states are float32."""
-    return _SSD.apply(
-        x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, return_final_state, chunk_size
-    )
+    with torch.cuda.device_of(x):
+        return _SSD.apply(
+            x, dt, dense(A), B.to(x.dtype), C.to(x.dtype), dense(D), dense(dt_bias), initial_state,
+            cu_seqlens.contiguous(), dt_softplus, return_final_state, chunk_size,
+        )  # fmt: skip
