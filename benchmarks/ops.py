@@ -196,6 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     output = arguments.output or HERE / "results" / f"ops-{slug()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
+    found["cases"] = _earlier_cases(output, found["environment"])
     for op in arguments.ops:
         for sizes in SIZES[op] + (MORE_SIZES[op] if device == "cuda" else []):
             for dtype in dtypes:
@@ -219,8 +220,9 @@ def main(arguments: argparse.Namespace) -> None:
                             case.inputs.pop(unused, None)
                         rows = measure(case, checked, arguments.limit, previous)
                         moved = floor_bytes(case, next(iter(case.inputs.values())))
-                        found["cases"].append({
+                        _put(found["cases"], {
                             "op": op, "sizes": sizes, "dtype": dtype, "length": length, "tokens": tokens,
+                            "commit": found["environment"]["commit"],
                             "floor_forward_s": moved[0] / found["copy_bytes_per_s"],
                             "floor_both_s": moved[1] / found["copy_bytes_per_s"],
                             "parity": {name: excess or "passed" for name, excess in checked.items()},
@@ -230,6 +232,24 @@ def main(arguments: argparse.Namespace) -> None:
                         output.write_text(json.dumps(found, indent=1) + "\n")
     write_section(arguments.page, f"ops {slug()}", ops_table(found))
     print(f"written: {output} and {arguments.page}")
+
+
+def _earlier_cases(output: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cases of an earlier run with the same versions on the same device, for those that this run does not repeat."""
+    if not output.exists():
+        return []
+    earlier = json.loads(output.read_text())
+    same = all(earlier["environment"][key] == now[key] for key in ("device", "versions"))
+    return earlier["cases"] if same else []
+
+
+def _put(cases: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    """Add a case, in the place of the same one if there is one."""
+    for place, other in enumerate(cases):
+        if all(other[key] == case[key] for key in ("op", "sizes", "dtype", "length", "tokens")):
+            cases[place] = case
+            return
+    cases.append(case)
 
 
 def _line(rows: dict[str, Any]) -> str:

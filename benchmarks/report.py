@@ -18,10 +18,11 @@ def ops_table(found: dict[str, Any]) -> str:
     """Every case of a result file of ``python -m benchmarks ops``."""
     about = found["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
+    commits = " and ".join(dict.fromkeys(case["commit"] for case in found["cases"]))
     lines = [
         f"### Ops on {about['device']}",
         "",
-        f"Commit {about['commit']}, {about['date']}; {versions}. `python -m benchmarks ops`.",
+        f"Commit {commits}, {about['date']}; {versions}. `python -m benchmarks ops`.",
         "",
         "Each pair is forward alone / forward and backward: milliseconds (median of rounds in which every candidate "
         "runs once), how many times as fast as the reference (median of the rounds' ratios), peak memory above what "

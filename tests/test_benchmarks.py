@@ -29,7 +29,10 @@ def test_result_file_and_table(monkeypatch):
     assert row["times_as_fast_as"]["reference"]["both"] > 0
     page = Path("page.md").read_text()
     assert f"| 50 | 100 | {backend} |" in page
-    run(monkeypatch, *words)
+    again = run(monkeypatch, "--ops", "causal_conv", "--tokens", "100", "--lengths", "50", "--dtypes", "float32")
+    assert [(case["length"], case["tokens"]) for case in again["cases"]] == [("50", 100), ("beauty", 100)]
+    assert again["cases"][0] != found["cases"][0]  # measured anew, and the other one kept
+    assert again["cases"][1] == found["cases"][1]
     assert Path("page.md").read_text().count("### Ops on") == 1  # written over, not beside
 
 

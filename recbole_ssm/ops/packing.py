@@ -71,9 +71,7 @@ def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def pad(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Lay packed rows ``[T, ...]`` out as ``[S, L, ...]``, zeros after each sequence's end."""
-    lengths = sequence_lengths(cu_seqlens)
-    longest = int(lengths.max()) if len(lengths) else 0
-    padded = packed.new_zeros((len(lengths), longest, *packed.shape[1:]))
+    padded = packed.new_zeros((len(cu_seqlens) - 1, borders(cu_seqlens).longest, *packed.shape[1:]))
     return padded.index_put((sequence_ids(cu_seqlens), positions(cu_seqlens)), packed)
 
 

@@ -82,7 +82,7 @@ def every_case():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["cpu", "triton", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", *(["mamba_ssm"] if not INTERPRETED else [])])
 @pytest.mark.parametrize(("op", "lengths", "sizes", "options"), list(every_case()))
 def test_backend_is_as_exact_as_the_reference(op, lengths, sizes, options, backend, dtype):
     device = "cpu" if backend == "cpu" else DEVICE
@@ -91,8 +91,9 @@ def test_backend_is_as_exact_as_the_reference(op, lengths, sizes, options, backe
     case, truth = case_and_truth(op, lengths, sizes, dtype, device, options)
     x = next(iter(case.inputs.values()))
     if backend == "mamba_ssm":
-        if why_not(op, backend, x):
-            pytest.skip(why_not(op, backend, x))
+        reason = why_not(op, backend, x, "" if 2 <= dict(sizes).get("K", 4) <= 4 else "filter of so many taps")
+        if reason:
+            pytest.skip(reason)
         case = make(op, list(lengths), dict(sizes), dtype, device, states=False, **dict(options))
         exact = case.exact()
         truth = results(case, case.run("reference", exact), exact)
