@@ -51,6 +51,7 @@ def choose(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "
         fast = "cpu" if tensor.device.type == "cpu" else "triton"
         backend = "reference" if why_not(op, fast, tensor) else fast
         _announce(op, backend, tensor.device.type, tensor.dtype)
+        return backend
     reason = why_not(op, backend, tensor, mamba_ssm_lacks)
     if reason:
         raise BackendUnavailable(f"the {backend} backend of {op} cannot run here: {reason}.")

@@ -27,10 +27,10 @@ def dot_precision() -> str:
 
 def rows(tensor: Tensor) -> Tensor:
     """The tensor, its last dimension contiguous, as kernels address it by the stride of its rows alone."""
-    dense = tensor.stride(-1) == 1 and all(
+    in_place = tensor.stride(-1) == 1 and all(
         tensor.stride(i) == tensor.shape[i + 1] * tensor.stride(i + 1) for i in range(1, tensor.dim() - 1)
     )
-    return tensor if dense else tensor.contiguous()
+    return tensor if in_place else tensor.contiguous()
 
 
 # Sizes of a batch: Triton would compile a kernel anew for those that are 1 or a multiple of 16.
@@ -40,6 +40,36 @@ BATCH_SIZES = ["n_rows", "n_sequences"]
 def dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor as kernels read those that have no rows: contiguous."""
     return None if tensor is None else tensor.contiguous()
+
+
+def rows_per_block(n_rows: int, n_sequences: int) -> int:
+    """Rows of a sequence worked on together, 16 to 64.
+
+    Short sequences leave most of a long block empty; products of matrices start at 16 rows.
+    """
+    return max(16, min(64, triton.next_power_of_2(-(-n_rows // max(1, n_sequences)))))
+
+
+def columns_per_block(width: int) -> int:
+    """Columns of a block that holds ``width`` of them."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[rows, BLOCK]``: columns ``offset`` to ``offset + WIDTH`` of the rows ``t``, zeros elsewhere."""
+    column = tl.arange(0, BLOCK)
+    inside = real[:, None] & (column < WIDTH)[None, :]
+    return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, t, real, stride, offset, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write what :func:`load_rows` would read, in the matrix's dtype."""
+    column = tl.arange(0, BLOCK)
+    inside = real[:, None] & (column < WIDTH)[None, :]
+    place = t[:, None] * stride + offset + column[None, :]
+    tl.store(matrix + place, value.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import dense, dot, dot_precision, rows, tuned
+from recbole_ssm.ops.kernels import (
+    columns_per_block,
+    dense,
+    dot,
+    dot_precision,
+    load_rows,
+    rows,
+    rows_per_block,
+    store_rows,
+    tuned,
+)  # fmt: skip
 from recbole_ssm.ops.packing import borders, last_rows, single_rows
 
 # Finite, so that a row which has seen nothing yet does not subtract infinity from itself.
@@ -22,22 +32,6 @@ def _configs(block: str) -> list[triton.Config]:
     # The first needs the least shared memory.
     sizes = ((32, 4, 1), (64, 8, 2))
     return [triton.Config({block: size}, num_warps=warps, num_stages=stages) for size, warps, stages in sizes]
-
-
-@triton.jit
-def _load(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``[rows, BLOCK]``: columns ``offset`` to ``offset + WIDTH`` of the rows ``t``, zeros elsewhere."""
-    column = tl.arange(0, BLOCK)
-    inside = real[:, None] & (column < WIDTH)[None, :]
-    return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(matrix, t, real, stride, offset, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    inside = real[:, None] & (column < WIDTH)[None, :]
-    place = t[:, None] * stride + offset + column[None, :]
-    tl.store(matrix + place, value.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -81,8 +75,8 @@ def _forward(
     i = first + tl.arange(0, QUERIES)
     asked = i < q_count
     position = k_count - q_count + i
-    queries = _load(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-    q_features = _load(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
+    queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
+    q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
     highest = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     context = tl.zeros([QUERIES, BLOCK_P], tl.float32)
@@ -93,9 +87,9 @@ def _forward(
     for start in range(begin, end, KEYS):
         j = start + tl.arange(0, KEYS)
         there = j < k_count
-        keys = _load(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-        k_features = _load(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-        values = _load(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
+        keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
+        k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
+        values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
         logits, _cosine, _above = _logits(
             queries, keys, q_features, k_features, position, j, there[None, :], w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
@@ -106,7 +100,7 @@ def _forward(
         context = context * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         highest = now
     total = tl.where(asked, total, 1.0)
-    _store(out, q_begin + i, asked, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
+    store_rows(out, q_begin + i, asked, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
     tl.store(log_sums + (q_begin + i) * n_heads + h, highest + tl.log(total), mask=asked)
 
 
@@ -126,9 +120,9 @@ def _backward_queries(
     i = first + tl.arange(0, QUERIES)
     asked = i < q_count
     position = k_count - q_count + i
-    queries = _load(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-    q_features = _load(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
-    of_out = _load(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
+    queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
+    q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
+    of_out = load_rows(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
     log_sum = tl.load(log_sums + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
     delta = tl.load(deltas + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
     of_queries = tl.zeros([QUERIES, BLOCK_P], tl.float32)
@@ -141,9 +135,9 @@ def _backward_queries(
     for start in range(begin, end, KEYS):
         j = start + tl.arange(0, KEYS)
         there = j < k_count
-        keys = _load(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-        k_features = _load(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-        values = _load(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
+        keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
+        k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
+        values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
         logits, cosine, above = _logits(
             queries, keys, q_features, k_features, position, j, there[None, :], w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
@@ -153,8 +147,8 @@ def _backward_queries(
         of_weight += tl.sum(tl.where(above, of_logits * cosine, 0.0), 1)
         of_cosine = tl.where(above, of_logits * w2, 0.0)
         of_features += dot(of_cosine, k_features, PRECISION)
-    _store(grad_q, q_begin + i, asked, n_heads * P, h * P, of_queries, P, BLOCK_P)
-    _store(grad_fq, q_begin + i, asked, n_heads * E, h * E, of_features, E, BLOCK_E)
+    store_rows(grad_q, q_begin + i, asked, n_heads * P, h * P, of_queries, P, BLOCK_P)
+    store_rows(grad_fq, q_begin + i, asked, n_heads * E, h * E, of_features, E, BLOCK_E)
     tl.store(grad_weight + (q_begin + i) * n_heads + h, of_weight, mask=asked)
 
 
@@ -173,9 +167,9 @@ def _backward_keys(
     w2, threshold = tl.load(similarity_weight + h), tl.load(thresholds + h)
     j = first + tl.arange(0, KEYS)
     there = j < k_count
-    keys = _load(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-    k_features = _load(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-    values = _load(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
+    keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
+    k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
+    values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
     of_keys = tl.zeros([KEYS, BLOCK_P], tl.float32)
     of_values = tl.zeros([KEYS, BLOCK_P], tl.float32)
     of_features = tl.zeros([KEYS, BLOCK_E], tl.float32)
@@ -187,9 +181,9 @@ def _backward_keys(
         i = start + tl.arange(0, QUERIES)
         asked = i < q_count
         position = k_count - q_count + i
-        queries = _load(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-        q_features = _load(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
-        of_out = _load(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
+        queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
+        q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
+        of_out = load_rows(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
         log_sum = tl.load(log_sums + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
         delta = tl.load(deltas + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
         real = asked[:, None] & there[None, :]
@@ -202,14 +196,9 @@ def _backward_keys(
         of_keys += dot(tl.trans(of_logits.to(queries.dtype)), queries, PRECISION)
         of_cosine = tl.where(above, of_logits * w2, 0.0)
         of_features += dot(tl.trans(of_cosine), q_features, PRECISION)
-    _store(grad_k, k_begin + j, there, n_heads * P, h * P, of_keys, P, BLOCK_P)
-    _store(grad_v, k_begin + j, there, n_heads * P, h * P, of_values, P, BLOCK_P)
-    _store(grad_fk, k_begin + j, there, n_heads * E, h * E, of_features, E, BLOCK_E)
-
-
-def _rows_per_block(n_rows: int, n_sequences: int) -> int:
-    """Short sequences leave most of a long block empty; products of matrices start at 16 rows."""
-    return max(16, min(64, triton.next_power_of_2(-(-n_rows // n_sequences))))
+    store_rows(grad_k, k_begin + j, there, n_heads * P, h * P, of_keys, P, BLOCK_P)
+    store_rows(grad_v, k_begin + j, there, n_heads * P, h * P, of_values, P, BLOCK_P)
+    store_rows(grad_fk, k_begin + j, there, n_heads * E, h * E, of_features, E, BLOCK_E)
 
 
 class _PreferenceAttention(torch.autograd.Function):
@@ -220,13 +209,13 @@ class _PreferenceAttention(torch.autograd.Function):
         out = q.new_empty(q.shape)
         log_sums = q.new_empty(n_queries, n_heads, dtype=torch.float32)
         sizes = {
-            "P": width, "E": size, "BLOCK_P": max(16, triton.next_power_of_2(width)),
-            "BLOCK_E": max(16, triton.next_power_of_2(size)), "WINDOW": window, "PRECISION": dot_precision(),
+            "P": width, "E": size, "BLOCK_P": columns_per_block(width),
+            "BLOCK_E": columns_per_block(size), "WINDOW": window, "PRECISION": dot_precision(),
         }  # fmt: skip
         tensors = (q, k, v, fq, fk, similarity_weight, threshold, cu_queries, cu_keys)
         strides = (n_heads, n_metrics, *(t.stride(0) for t in (q, k, v, fq, fk)))
         if n_queries:
-            block = _rows_per_block(n_queries, len(cu_queries) - 1)
+            block = rows_per_block(n_queries, len(cu_queries) - 1)
             sequences, starts = borders(cu_queries).chunks(block)
             _forward[len(sequences), n_heads](
                 *tensors, sequences, starts, out, log_sums, *strides, **sizes, QUERIES=block
@@ -248,13 +237,13 @@ class _PreferenceAttention(torch.autograd.Function):
         grad_weight = torch.empty_like(log_sums)
         strides = (*ctx.strides, grad_out.stride(0))
         if len(q):
-            block = _rows_per_block(len(q), len(cu_queries) - 1)
+            block = rows_per_block(len(q), len(cu_queries) - 1)
             sequences, starts = borders(cu_queries).chunks(block)
             _backward_queries[len(sequences), n_heads](
                 *tensors, sequences, starts, log_sums, grad_out, deltas, grad_q, grad_fq, grad_weight, *strides,
                 **ctx.sizes, QUERIES=block,
             )  # fmt: skip
-            block = _rows_per_block(len(k), len(cu_keys) - 1)
+            block = rows_per_block(len(k), len(cu_keys) - 1)
             sequences, starts = borders(cu_keys).chunks(block)
             _backward_keys[len(sequences), n_heads](
                 *tensors, sequences, starts, log_sums, grad_out, deltas, grad_k, grad_v, grad_fk, *strides,

@@ -9,6 +9,7 @@ from torch import Tensor
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.packing import check_packed, single_rows
 from recbole_ssm.ops.selective_scan.reference import selective_scan_reference
+from recbole_ssm.ops.step_sizes import step_sizes
 
 
 def selective_scan(
@@ -95,14 +96,10 @@ def _on_torch(
     """The backends that compute the recurrence alone; torch does what comes before and after it."""
     # The recurrence sums hundreds of terms, so it runs in float32 whatever the dtype of the activations.
     compute = torch.promote_types(x.dtype, torch.float32)
-    dt = dt.to(compute)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(compute)
-    if dt_softplus:
-        dt = F.softplus(dt)
+    dt = step_sizes(dt, dt_bias, dt_softplus, compute)
     if initial_state is not None:
         initial_state = initial_state.to(compute)
-    u, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
+    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
     if chosen == "cpu":
         from recbole_ssm.ops.selective_scan.cpu import selective_scan_cpu
 

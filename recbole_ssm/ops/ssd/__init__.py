@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.packing import check_packed, single_rows
 from recbole_ssm.ops.ssd.reference import ssd_reference
+from recbole_ssm.ops.step_sizes import step_sizes
 
 
 def ssd(
@@ -98,14 +98,10 @@ def _on_torch(
 ):
     """The backends that compute the recurrence alone; torch does what comes before and after it."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    dt = dt.to(compute)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(compute)
-    if dt_softplus:
-        dt = F.softplus(dt)
+    dt = step_sizes(dt, dt_bias, dt_softplus, compute)
     if initial_state is not None:
         initial_state = initial_state.to(compute)
-    u, dt, A, B, C = (tensor.to(compute) for tensor in (x, dt, A, B, C))
+    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "cpu":
             from recbole_ssm.ops.ssd.cpu import ssd_cpu

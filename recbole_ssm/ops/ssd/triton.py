@@ -14,7 +14,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dot, dot_precision, rows, sigmoid, softplus, tuned
+from recbole_ssm.ops.kernels import (
+    BATCH_SIZES,
+    columns_per_block,
+    dense,
+    dot,
+    dot_precision,
+    load_rows,
+    rows,
+    rows_per_block,
+    sigmoid,
+    softplus,
+    store_rows,
+    tuned,
+)  # fmt: skip
 from recbole_ssm.ops.packing import borders
 
 HEADS_PER_PROGRAM = 8
@@ -34,14 +47,6 @@ def _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS: tl.constexpr):
     # Read rather than summed anew: differences from it must be exactly 0 at the last row.
     last = tl.arange(0, t.shape[0]) == t.shape[0] - 1
     return raw, step, log_decay, tl.sum(tl.where(last, log_decay, 0.0), 0)
-
-
-@triton.jit
-def _load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``[Q, BLOCK]``: columns ``offset`` to ``offset + WIDTH`` of the rows ``t``, zeros elsewhere."""
-    column = tl.arange(0, BLOCK)
-    inside = real[:, None] & (column < WIDTH)[None, :]
-    return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -86,8 +91,8 @@ def _pass_states(
             real = t < end
             _raw, step, log_decay, total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
             weight = tl.exp(log_decay) if REVERSE else step * tl.exp(total - log_decay)
-            inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
-            matrix = _load_rows(B, t, real, B_stride, (h // heads_per_group) * N, N, BLOCK_N)
+            inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+            matrix = load_rows(B, t, real, B_stride, (h // heads_per_group) * N, N, BLOCK_N)
             weighted = (inputs * weight[:, None]).to(matrix.dtype)
             state = tl.exp(total) * state + dot(tl.trans(weighted), matrix, PRECISION)
     if last is not None:
@@ -125,12 +130,12 @@ def _forward(
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
-    b = _load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
-    c = _load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
+    b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
+    c = load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
     scores = dot(c, tl.trans(b), PRECISION)
     for h in range(first_head, first_head + HEADS):
         _raw, step, log_decay, _total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
-        inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+        inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
         mixing = scores * _decay_between(log_decay, Q) * step[None, :]
         out = dot(mixing.to(inputs.dtype), inputs, PRECISION)
         if (number > 0) or (initial is not None):
@@ -143,12 +148,7 @@ def _forward(
             out += tl.exp(log_decay)[:, None] * carried
         if D is not None:
             out += tl.load(D + h).to(tl.float32) * inputs.to(tl.float32)
-        p = tl.arange(0, BLOCK_P)
-        tl.store(
-            y + (t[:, None] * n_heads + h) * P + p[None, :],
-            out.to(y.dtype.element_ty),
-            mask=real[:, None] & (p < P)[None, :],
-        )
+        store_rows(y, t, real, n_heads * P, h * P, out, P, BLOCK_P)
 
 
 @tuned(CONFIGS, SHAPE)
@@ -165,10 +165,9 @@ def _backward(
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    b = _load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
-    c = _load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
+    b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
+    c = load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
     scores = dot(c, tl.trans(b), PRECISION)
     of_scores = tl.zeros([Q, Q], tl.float32)
     of_b = tl.zeros([Q, BLOCK_N], tl.float32)
@@ -176,8 +175,8 @@ def _backward(
     for h in range(first_head, first_head + HEADS):
         rate = tl.load(A + h).to(tl.float32)
         raw, step, log_decay, total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
-        inputs = _load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
-        of_out = _load_rows(grad_y, t, real, y_stride, h * P, P, BLOCK_P)
+        inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+        of_out = load_rows(grad_y, t, real, y_stride, h * P, P, BLOCK_P)
 
         # Within the chunk: out = (scores * decay * step) inputs.
         decay = _decay_between(log_decay, Q)
@@ -232,18 +231,13 @@ def _backward(
         if grad_bias is not None:
             tl.store(grad_bias + chunk * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
         tl.store(grad_dt + t * n_heads + h, of_step.to(grad_dt.dtype.element_ty), mask=real)
-        tl.store(
-            grad_x + (t[:, None] * n_heads + h) * P + p[None, :],
-            of_inputs.to(grad_x.dtype.element_ty),
-            mask=real[:, None] & (p < P)[None, :],
-        )
+        store_rows(grad_x, t, real, n_heads * P, h * P, of_inputs, P, BLOCK_P)
     of_scores = of_scores.to(b.dtype)
     of_c += dot(of_scores, b, PRECISION)
     of_b += dot(tl.trans(of_scores), c, PRECISION)
-    there = real[:, None] & (n < N)[None, :]
-    place_n = (tl.program_id(1).to(tl.int64) * n_rows + t[:, None]) * N + n[None, :]
-    tl.store(grad_B + place_n, of_b, mask=there)
-    tl.store(grad_C + place_n, of_c, mask=there)
+    partial = tl.program_id(1).to(tl.int64) * n_rows + t
+    store_rows(grad_B, partial, real, N, 0, of_b, N, BLOCK_N)
+    store_rows(grad_C, partial, real, N, 0, of_c, N, BLOCK_N)
 
 
 class _SSD(torch.autograd.Function):
@@ -256,16 +250,14 @@ class _SSD(torch.autograd.Function):
         known = borders(cu_seqlens)
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
         n_sequences = len(cu_seqlens) - 1
-        # Short sequences leave most of a long chunk empty; products of matrices start at 16 rows.
-        at_most = min(64, 1 << (max(16, chunk_size).bit_length() - 1))
-        Q = max(16, min(triton.next_power_of_2(-(-n_rows // max(1, n_sequences))), at_most))
+        Q = min(rows_per_block(n_rows, n_sequences), 1 << (max(16, chunk_size).bit_length() - 1))
         sequences, starts = known.chunks(Q)
         joints, n_joints = known.joints(Q)
         per_group = n_heads // groups
         heads = next(k for k in range(min(HEADS_PER_PROGRAM, per_group), 0, -1) if per_group % k == 0)
         sizes = {
-            "Q": Q, "P": width, "N": n_states, "BLOCK_P": max(16, triton.next_power_of_2(width)),
-            "BLOCK_N": max(16, triton.next_power_of_2(n_states)), "SOFTPLUS": dt_softplus, "PRECISION": dot_precision(),
+            "Q": Q, "P": width, "N": n_states, "BLOCK_P": columns_per_block(width),
+            "BLOCK_N": columns_per_block(n_states), "SOFTPLUS": dt_softplus, "PRECISION": dot_precision(),
         }  # fmt: skip
         states = x.new_empty(n_joints, n_heads, width, n_states, dtype=torch.float32)
         final = None
