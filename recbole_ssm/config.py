@@ -36,6 +36,13 @@ UNLISTED = {
 # What a checkpoint leaves out: it belongs to one process, or RecBole derives it.
 PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port"}
 
+# What each loss samples where nothing else is asked for; gSASRec's number (arXiv 2308.07192) for the last two.
+NEGATIVES: dict[str, dict[str, Any] | None] = {
+    "CE": None,
+    "gBCE": {"distribution": "uniform", "sample_num": 256},
+    "SampledSoftmax": {"distribution": "uniform", "sample_num": 256},
+}
+
 SAMPLE_LOAD_COL = {"inter": ["user_id", "item_id"]}
 
 
@@ -169,8 +176,8 @@ class Config(recbole.config.Config):
             if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
                 fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
                 final["load_col"] = {"inter": [final[field] for field in fields]}
-            if final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
-                final["train_neg_sample_args"] = None
+            if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
+                final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
         return final
@@ -196,12 +203,19 @@ class Config(recbole.config.Config):
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
         if final["save_dataloaders"] or final["dataloaders_save_path"]:
             raise UserError(f"{self.model} makes its loaders anew each time: leave save_dataloaders out.")
-        if final["loss_type"] == "BCE":
+        if final["loss_type"] != "CE":
             final["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
-        if final["train_mode"] == "sequence" and final.get("bidirectional"):
+        if final["loss_type"] == "SampledSoftmax" and final["train_neg_sample_args"]["distribution"] != "uniform":
             raise UserError(
-                f"{self.model} reads a sequence in both directions, so it cannot learn from every position at once: "
-                "set train_mode: prefix, or bidirectional: False."
+                "loss_type SampledSoftmax corrects for negatives drawn uniformly: set the distribution of "
+                f"train_neg_sample_args ({final['train_neg_sample_args']['distribution']}) to uniform."
+            )
+        if not 0 <= final["gbce_t"] <= 1:
+            raise UserError(f"gbce_t is {final['gbce_t']}: choose a number from 0 to 1.")
+        if final["train_mode"] == "sequence" and final.get("bidirectional") and final["num_layers"] > 1:
+            raise UserError(
+                f"{self.model} with several layers that read both ways cannot learn from every position at once: "
+                "set num_layers: 1, bidirectional: False or train_mode: prefix."
             )
 
 

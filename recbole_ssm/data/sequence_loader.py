@@ -70,6 +70,10 @@ class SequenceDataLoader(DataLoader):
         np.maximum.at(self._stop, first, targets)  # the last target is predicted, never read
         negative = config["train_neg_sample_args"]
         self._negatives = 0 if negative["distribution"] == "none" else negative["sample_num"]
+        self._popularity = None  # running sum over items of how often each is drawn, up to a factor
+        if negative["distribution"] == "popularity":
+            counts = np.bincount(sampler.dataset.inter_feat[sampler.iid_field].numpy(), minlength=sampler.item_num)
+            self._popularity = np.cumsum(np.where(counts, counts.astype(float) ** negative["alpha"], 0.0))
         self._epoch = 0
         self._plan = self._plan_epoch()
         super().__init__(
@@ -111,11 +115,20 @@ class SequenceDataLoader(DataLoader):
         return SequenceBatch(items[place], cu_seqlens, target_rows, targets, self._sample(targets))
 
     def _sample(self, targets: Tensor) -> Tensor | None:
+        """``K`` items for each target, none of them the target itself, from the distribution of RecBole's sampler."""
         if not self._negatives:
             return None
-        # RecBole's sampler of repeatable recommendation asks for users but avoids each row's own target alone.
-        drawn = self._sampler.sample_by_user_ids(targets.numpy(), targets.numpy(), self._negatives)
-        return drawn.view(self._negatives, -1).T.contiguous()
+        unwanted = targets.numpy()[:, None]
+        drawn = self._draw(unwanted.shape[0] * self._negatives).reshape(-1, self._negatives)
+        while (again := drawn == unwanted).any():
+            drawn[again] = self._draw(int(again.sum()))
+        return torch.from_numpy(drawn)
+
+    def _draw(self, count: int) -> np.ndarray:
+        # RecBole's samplers loop over single draws in Python, but for the uniform one.
+        if self._popularity is None:
+            return self._sampler.sampling(count)
+        return np.searchsorted(self._popularity, np.random.random(count) * self._popularity[-1], side="right")
 
 
 class _Windows(Dataset):

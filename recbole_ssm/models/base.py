@@ -1,7 +1,6 @@
 """What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
 
 import torch
-import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
@@ -10,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Mamba
+from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
 from recbole_ssm.ops.packing import last_rows, pack
 
-LOSS_TYPES = ("CE", "BCE", "BPR")
+LOSS_TYPES = ("CE", "BCE", "BPR", "gBCE", "SampledSoftmax")
 
 # RecBole's rows are encoded in blocks of about this many items, so that memory does not grow with the batch; on a CPU
 # small ones, whose activations (up to 32 MB) the allocator reuses where it would fetch larger ones anew.
@@ -25,13 +25,13 @@ class PackedRecommender(SequentialRecommender):
 
     A subclass sets ``item_embedding`` and implements :meth:`encode`. It reads two kinds of batches: RecBole's padded
     rows (:class:`~recbole.data.interaction.Interaction`, one target a row) and :class:`SequenceBatch` (a target at
-    many positions of one sequence), which is exact for a causal model only.
+    many positions of one sequence), where one pass gives what a row for each of them would.
 
     Attributes:
-        causal: whether the hidden state at a position depends on that position and those before it alone.
+        one_pass: whether one pass over a sequence gives the hidden state after each of its prefixes.
     """
 
-    causal = True
+    one_pass = True
     item_embedding: nn.Embedding
 
     def __init__(self, config, dataset):
@@ -41,7 +41,8 @@ class PackedRecommender(SequentialRecommender):
                 f"{type(self).__name__} needs the settings of its property file: "
                 "make the configuration with recbole_ssm.Config instead of recbole.config.Config."
             )
-        self.loss_type = config["loss_type"]
+        self.loss_type, self.gbce_t = config["loss_type"], config["gbce_t"]
+        self.n_negatives = config["train_neg_sample_args"]["sample_num"]
         self.hidden_size = config["hidden_size"]
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
@@ -75,19 +76,23 @@ class PackedRecommender(SequentialRecommender):
     def ranking_loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor:
         """Mean over targets of the loss that ``loss_type`` names, with scores ``r = hidden . item_embedding``.
 
-        - ``CE``: ``-log softmax(r)[positive]`` over all items.
-        - ``BCE``: ``-log sigmoid(r_pos) - log(1 - sigmoid(r_neg))``, the mean over negatives.
-        - ``BPR``: ``-log sigmoid(r_pos - r_neg)``, the mean over negatives.
+        ``CE``: ``-log softmax(r)[positive]`` over all items; the others are those of :mod:`recbole_ssm.layers.losses`.
         """
+        table = self.item_embedding.weight
         if self.loss_type == "CE":
-            return F.cross_entropy(hidden @ self.item_embedding.weight.T, positives)
+            return full_cross_entropy(hidden, table, positives)
         if negatives is None:
             raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
-        positive = (hidden * self.item_embedding(positives)).sum(-1)[:, None]
-        negative = torch.einsum("md,mkd->mk", hidden, self.item_embedding(negatives))
+        scores = item_scores(hidden, table, torch.cat([positives[:, None], negatives], 1))
+        positive, negative = scores[:, :1], scores[:, 1:]
         if self.loss_type == "BCE":
-            return -F.logsigmoid(positive).mean() - F.logsigmoid(-negative).mean()
-        return -F.logsigmoid(positive - negative).mean()
+            return bce(positive, negative)
+        if self.loss_type == "BPR":
+            return bpr(positive, negative)
+        others = self.n_items - 2  # neither the padding nor the positive itself
+        if self.loss_type == "gBCE":
+            return gbce(positive, negative, others, self.gbce_t)
+        return sampled_softmax(positive, negative, others)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``."""
@@ -96,14 +101,18 @@ class PackedRecommender(SequentialRecommender):
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
         """Loss of one batch, as RecBole's trainer calls it."""
         if isinstance(interaction, SequenceBatch):
-            if not self.causal:
+            if not self.one_pass:
                 raise UserError(f"{type(self).__name__} would see the targets at once: set train_mode: prefix.")
             batch = interaction
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
             return self.loss(hidden, batch.targets, batch.negatives)
-        hidden = self._encode_rows(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        negatives = interaction[self.NEG_ITEM_ID][:, None] if self.NEG_ITEM_ID in interaction else None
-        return self.loss(hidden, interaction[self.POS_ITEM_ID], negatives)
+        rows, negatives = len(interaction), None
+        if self.NEG_ITEM_ID in interaction:
+            # RecBole lays all rows end to end once for each negative.
+            negatives = interaction[self.NEG_ITEM_ID].view(self.n_negatives, -1).T
+            rows = len(negatives)
+        hidden = self._encode_rows(interaction[self.ITEM_SEQ][:rows], interaction[self.ITEM_SEQ_LEN][:rows])
+        return self.loss(hidden, interaction[self.POS_ITEM_ID][:rows], negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Score of each row's own item, ``[B]``."""

@@ -7,7 +7,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import UserError, run_recbole
-from recbole_ssm.models.base import ITEMS_PER_BLOCK
+from recbole_ssm.models.base import ITEMS_PER_BLOCK, LOSS_TYPES
 from recbole_ssm.registry import MODELS
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
@@ -52,7 +52,7 @@ def rows(item_lists, width=12):
 
 
 @every_model
-@pytest.mark.parametrize("loss_type", ["CE", "BCE", "BPR"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_each_parameter_gets_a_gradient(name, loss_type, num_layers):
     _, model, (train_data, _, _) = build(name, loss_type=loss_type, num_layers=num_layers)
