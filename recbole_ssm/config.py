@@ -15,6 +15,7 @@ from recbole.utils import InputType, ModelType
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.models.base import LOSS_TYPES
+from recbole_ssm.models.sequence_mode import CAUSAL_MODELS
 from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.registry import MODELS, list_models
 
@@ -178,6 +179,8 @@ class Config(recbole.config.Config):
                 final["load_col"] = {"inter": [final[field] for field in fields]}
             if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
+        if final.get("train_mode") == "sequence":
+            final.setdefault("time_order", "exact")  # of RecBole's models; ours have it in overall.yaml
         self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
         return final
@@ -191,16 +194,19 @@ class Config(recbole.config.Config):
                 f"valid_metric {final['valid_metric']} is not among the metrics {final['metrics']} at {final['topk']}: "
                 "set --valid_metric to one that is."
             )
-        if self.model not in MODELS:
-            return
-        for key, values in (
-            ("loss_type", LOSS_TYPES),
-            ("ssm_backend", BACKENDS),
-            ("train_mode", TRAIN_MODES),
-            ("time_order", TIME_ORDERS),
-        ):
-            if final[key] not in values:
+        choices: dict[str, tuple[str, ...]] = {"train_mode": TRAIN_MODES, "time_order": TIME_ORDERS}
+        if self.model in MODELS:
+            choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS}
+        for key, values in choices.items():
+            if key in final and final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if self.model not in MODELS:
+            if final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
+                raise UserError(
+                    f"{self.model} cannot be trained on whole histories (train_mode: sequence): of RecBole's models "
+                    f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
+                )
+            return
         if final["save_dataloaders"] or final["dataloaders_save_path"]:
             raise UserError(f"{self.model} makes its loaders anew each time: leave save_dataloaders out.")
         if final["loss_type"] != "CE":

@@ -16,7 +16,6 @@ from recbole.utils import (
     calculate_valid_score,
     get_environment,
     get_flops,
-    get_model,
     init_logger,
     init_seed,
     set_color,
@@ -26,7 +25,7 @@ from recbole_ssm.checkpoint import load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.errors import UserError
-from recbole_ssm.registry import MODELS
+from recbole_ssm.registry import MODELS, model_class
 from recbole_ssm.trainer import get_trainer
 
 RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
@@ -217,7 +216,7 @@ def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     try:
-        return get_model(config["model"])(config, train_data._dataset).to(config["device"])
+        return model_class(config)(config, train_data._dataset).to(config["device"])
     except UserError:
         raise
     except ValueError as error:

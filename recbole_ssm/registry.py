@@ -13,6 +13,9 @@ import recbole.data.dataset
 import recbole.model
 import recbole.trainer
 import torch
+from recbole.utils import get_model
+
+from recbole_ssm.models.sequence_mode import CAUSAL_MODELS, with_sequence_mode
 
 MODELS = {
     "STARRec": "recbole_ssm.models.starrec",
@@ -41,6 +44,14 @@ def register() -> None:
         ):
             if not hasattr(home, name + suffix):
                 setattr(home, name + suffix, cls)
+
+
+def model_class(config) -> type:
+    """The class that ``config`` names, as :func:`recbole.utils.get_model`, made to train as it asks."""
+    found = get_model(config["model"])
+    if config["train_mode"] == "sequence" and config["model"] in CAUSAL_MODELS:
+        return with_sequence_mode(found)
+    return found
 
 
 def list_models() -> list[str]:

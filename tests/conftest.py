@@ -71,8 +71,9 @@ def markov_rows(users: int, items: int, length: int, noise: float, seed: int = 0
 
 
 def small_settings(model: str) -> dict:
-    """Settings that make any registered model small."""
-    own = yaml.safe_load((properties_dir() / "model" / f"{model}.yaml").read_text())
+    """Settings that make any registered model small; none for RecBole's."""
+    file = properties_dir() / "model" / f"{model}.yaml"
+    own = yaml.safe_load(file.read_text()) if file.exists() else {}
     return {key: value for key, value in SMALL.items() if key in own}
 
 

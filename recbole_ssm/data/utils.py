@@ -23,13 +23,14 @@ DATASET_CLASSES = {
 def dataset_class(config) -> type:
     """The dataset class that RecBole's rules name for a model, made to answer bad files in plain words.
 
-    ``<Model>Dataset`` of :mod:`recbole.data.dataset` where there is one, else the class of the model's type. Sets
-    split beforehand (``benchmark_filename``) hold rows already and always take RecBole's own class.
+    ``<Model>Dataset`` of :mod:`recbole.data.dataset` where there is one, else the class of the model's type;
+    :class:`SequenceDataset` for any model that is trained on whole histories. Sets split beforehand
+    (``benchmark_filename``) hold rows already and always take RecBole's own class.
     """
     name = config["model"] + "Dataset"
     if not hasattr(recbole.data.dataset, name):
         name = DATASET_CLASSES.get(config["MODEL_TYPE"], "Dataset")
-    found = getattr(recbole.data.dataset, name)
+    found = SequenceDataset if config["train_mode"] == "sequence" else getattr(recbole.data.dataset, name)
     if found is SequenceDataset and config["benchmark_filename"] is not None:
         found = SequentialDataset
     return hardened(found)

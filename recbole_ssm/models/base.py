@@ -102,7 +102,9 @@ class PackedRecommender(SequentialRecommender):
         """Loss of one batch, as RecBole's trainer calls it."""
         if isinstance(interaction, SequenceBatch):
             if not self.one_pass:
-                raise UserError(f"{type(self).__name__} would see the targets at once: set train_mode: prefix.")
+                raise UserError(
+                    f"{type(self).__name__}, as it is set, needs a row for each target: set train_mode: prefix."
+                )
             batch = interaction
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
             return self.loss(hidden, batch.targets, batch.negatives)
@@ -115,13 +117,17 @@ class PackedRecommender(SequentialRecommender):
         return self.loss(hidden, interaction[self.POS_ITEM_ID][:rows], negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
-        """Score of each row's own item, ``[B]``."""
+        """Score of each row's own item, ``[B]``, in the parameters' dtype."""
         hidden = self._represent(interaction)
-        return (hidden * self.item_embedding(interaction[self.ITEM_ID])).sum(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            item = self.item_embedding(interaction[self.ITEM_ID])
+            return (hidden.to(item.dtype) * item).sum(-1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of all items for each row, ``[B, n_items]``; column 0 is padding."""
-        return self._represent(interaction) @ self.item_embedding.weight.T
+        """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding."""
+        hidden, table = self._represent(interaction), self.item_embedding.weight
+        with torch.autocast(hidden.device.type, enabled=False):  # rounded to bfloat16, scores would tie
+            return hidden.to(table.dtype) @ table.T
 
     def _represent(self, interaction: Interaction) -> Tensor:
         return self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])

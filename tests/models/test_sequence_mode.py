@@ -1,0 +1,117 @@
+"""RecBole's own causal models, trained on whole histories: exact against their own rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from recbole.model.sequential_recommender import SASRec
+from recbole.trainer import Trainer
+
+from recbole_ssm import UserError, load_data_and_model, run_recbole
+from recbole_ssm.models import sequence_mode
+from recbole_ssm.models.sequence_mode import CAUSAL_MODELS, SequenceMode
+from recbole_ssm.trainer import get_trainer
+
+from ..conftest import build, random_rows, small_config, write_dataset
+
+SMALL = {
+    "hidden_size": 16, "inner_size": 32, "embedding_size": 16, "n_heads": 2, "train_batch_size": 10_000,
+    "MAX_ITEM_LIST_LENGTH": 30, "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "dropout_prob": 0.0,
+    "time_order": "float32",
+}  # fmt: skip
+LOSSES = {
+    "CE": {"loss_type": "CE"},
+    "BPR": {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", "sample_num": 3}},
+}
+
+
+def recbole_model(name, mode, **settings):
+    if mode is not None:
+        settings["train_mode"] = mode
+    write_dataset("tiny", random_rows(users=12))
+    return build(name, **SMALL, **settings)
+
+
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("places", [1, 100, 10_000])
+def test_one_pass_equals_recbole_rows(name, loss, places, monkeypatch):
+    monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
+    _, model, (histories, _, _) = recbole_model(name, "sequence", **LOSSES[loss])
+    _, plain, (rows, _, _) = recbole_model(name, None, **LOSSES[loss])
+    assert isinstance(model, SequenceMode)
+    assert not isinstance(plain, SequenceMode)
+    plain.load_state_dict(model.state_dict())
+    model.double()
+    plain.double()
+    (batch,) = list(histories)
+    if loss == "CE":
+        (expected_batch,) = list(rows)
+        expected = plain.calculate_loss(expected_batch)
+    else:  # the same negatives for both
+        expected = torch.stack([
+            plain.calculate_loss(row_of(plain, batch, m, k)) for m in range(len(batch)) for k in range(3)
+        ]).mean()  # fmt: skip
+    loss_value = model.calculate_loss(batch)
+    torch.testing.assert_close(loss_value, expected)
+    loss_value.backward()
+    expected.backward()
+    for (parameter, tensor), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(tensor.grad, other.grad, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+def row_of(model, batch, m, k):
+    """RecBole's row of one target and one negative."""
+    row = int(batch.target_rows[m])
+    begin = int(batch.cu_seqlens[batch.cu_seqlens <= row].max())
+    return {
+        model.ITEM_SEQ: batch.items[None, begin : row + 1],
+        model.ITEM_SEQ_LEN: torch.tensor([row + 1 - begin]),
+        model.POS_ITEM_ID: batch.targets[m : m + 1],
+        model.NEG_ITEM_ID: batch.negatives[m, k : k + 1],
+    }
+
+
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_scores_are_the_models_own(name):
+    _, model, (_, valid_data, _) = recbole_model(name, "sequence", **LOSSES["CE"])
+    _, plain, (_, rows, _) = recbole_model(name, None, **LOSSES["CE"])
+    plain.load_state_dict(model.state_dict())
+    ours, theirs = next(iter(valid_data))[0], next(iter(rows))[0]
+    torch.testing.assert_close(model.eval().full_sort_predict(ours), plain.eval().full_sort_predict(theirs))
+
+
+def test_a_run_trains_and_its_checkpoint_comes_back():
+    write_dataset("tiny", random_rows())
+    settings = {**SMALL, "train_mode": "sequence", "epochs": 2, "state": "ERROR", "show_progress": False}
+    result = run_recbole("SASRec", "tiny", config_dict={**settings, "loss_type": "CE", "data_path": "dataset"})
+    assert result["test_result"]["ndcg@10"] > 0
+    (file,) = Path("saved").glob("SASRec-tiny-*.pth")
+    config, model, *_ = load_data_and_model(file)
+    assert config["train_mode"] == "sequence"
+    assert isinstance(model, SequenceMode)
+
+
+def test_recboles_way_stays_the_default():
+    config, model, (rows, _, _) = recbole_model("SASRec", None, **LOSSES["CE"])
+    assert type(model) is SASRec
+    assert config["train_mode"] is None
+    assert "SequenceDataset" not in type(rows._dataset).__name__
+    assert issubclass(get_trainer(config["MODEL_TYPE"], "SASRec"), Trainer)
+
+
+def test_models_that_see_the_future_are_refused():
+    write_dataset("tiny", random_rows())
+    with pytest.raises(UserError, match=r"BERT4Rec cannot be trained .*: of RecBole's models SASRec and GRU4Rec can"):
+        small_config("BERT4Rec", loss_type="CE", train_mode="sequence")
+    with pytest.raises(UserError, match="train_mode is 'both': choose one of sequence, prefix"):
+        small_config("SASRec", loss_type="CE", train_mode="both")
+    assert small_config("GRU4Rec", train_mode="sequence", loss_type="CE")["time_order"] == "exact"
+
+
+def test_prefix_mode_is_recboles_rows():
+    _, model, (rows, _, _) = recbole_model("SASRec", "prefix", **LOSSES["CE"])
+    _, _, (expected, _, _) = recbole_model("SASRec", None, **LOSSES["CE"])
+    assert type(model) is SASRec
+    assert len(rows._dataset) == len(expected._dataset)
+    assert build("Mamba4Rec", train_mode="prefix")[0]["train_mode"] == "prefix"

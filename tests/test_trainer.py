@@ -1,0 +1,123 @@
+"""The training loop: RecBole's steps, exact under mixed precision."""
+
+import copy
+
+import pytest
+import torch
+from recbole.trainer import Trainer
+from torch.nn.utils import clip_grad_norm_
+
+from recbole_ssm import UserError
+from recbole_ssm.trainer import STEPS_PER_CHECK, SequenceTrainer, get_trainer
+
+from .conftest import build
+
+
+def trainer_of(name="Mamba4Rec", **settings):
+    config, model, loaders = build(name, train_batch_size=64, dropout_prob=0.0, **settings)
+    return get_trainer(config["MODEL_TYPE"], name)(config, model), loaders
+
+
+@pytest.mark.parametrize("name", ["Mamba4Rec", "STARRec"])
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.05}])
+def test_an_epoch_is_that_of_recboles_loop(name, clip):
+    # Not Adam, which makes whole steps of the rounding in gradients that are 0, such as that of the keys' bias.
+    trainer, (train_data, _, _) = trainer_of(name, clip_grad_norm=clip, learner="sgd", learning_rate=0.5)
+    config, twin = trainer.config, copy.deepcopy(trainer.model)
+    theirs = Trainer(config, twin)
+    loss, expected = trainer._train_epoch(train_data, 0), theirs._train_epoch(train_data, 0)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for (parameter, got), want in zip(trainer.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+def test_scaled_gradients_are_clipped_by_their_true_size():
+    trainer, (train_data, _, _) = trainer_of(clip_grad_norm={"max_norm": 0.05}, learner="sgd", learning_rate=1.0)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    twin = copy.deepcopy(trainer.model)
+    batch = next(iter(train_data))
+    trainer._optimize([batch], 0, None, False)
+    twin.train().calculate_loss(batch).backward()
+    assert clip_grad_norm_(twin.parameters(), 0.05) > 0.05
+    for got, parameter in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter - parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_one_scaler_serves_the_run_and_its_resumption():
+    trainer, (train_data, valid_data, _) = trainer_of(epochs=1)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=2)
+    trainer.fit(train_data, valid_data)
+    grown = trainer.scaler.get_scale()
+    assert grown > 512
+    again, _ = trainer_of(epochs=2)
+    again.scaler = torch.amp.GradScaler("cpu")
+    again.resume_checkpoint(trainer.saved_model_file)
+    assert again.scaler.get_scale() == grown
+
+
+def test_mixed_precision_is_bfloat16_and_ranks_by_float32_scores():
+    trainer, (train_data, valid_data, _) = trainer_of("STARRec", enable_amp=True)
+    trainer.eval_collector.data_collect(train_data)
+    seen, scores = [], []
+    trainer.model.layers[0].register_forward_hook(
+        lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+    )
+    predict = trainer.model.full_sort_predict
+    trainer.model.full_sort_predict = lambda batch: scores.append(predict(batch)) or scores[-1]
+    trainer._train_epoch(train_data, 0)
+    trained = len(seen)
+    trainer.evaluate(valid_data, load_best_model=False)
+    assert len(seen) > trained > 0
+    assert set(seen) == {(True, torch.bfloat16)}
+    assert {s.dtype for s in scores} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["STARRec", "SSD4Rec", "Mamba4Rec"])
+def test_mixed_precision_learns_as_single_precision_does(name):
+    losses = []
+    for amp in (False, True):
+        trainer, (train_data, _, _) = trainer_of(name, enable_amp=amp, learning_rate=0.01)
+        losses.append([sum_of(trainer._train_epoch(train_data, epoch)) for epoch in range(3)])
+    exact, mixed = losses
+    assert mixed[-1] < mixed[0]
+    assert mixed == pytest.approx(exact, rel=0.02)
+
+
+def sum_of(loss):
+    return sum(loss) if isinstance(loss, tuple) else loss
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_nan_is_found_whenever_it_comes(step, monkeypatch):
+    """On a GPU most steps are not looked at, but the sum of the epoch's losses is."""
+    assert STEPS_PER_CHECK > 2
+    trainer, _ = trainer_of()
+    monkeypatch.setattr(trainer, "device", torch.device("meta"))  # any device but a CPU
+    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", enabled=False))
+    losses = iter([trainer.model.item_embedding.weight.sum() * (float("nan") if i == step else 1) for i in range(99)])
+
+    class Batch:
+        def to(self, device):
+            return self
+
+    with pytest.raises(UserError, match="the training loss became NaN in epoch 0"):
+        trainer._optimize([Batch(), Batch(), Batch()], 0, lambda batch: next(losses), False)
+
+
+def test_which_trainer_serves_which_model():
+    config, *_ = build("Mamba4Rec")
+    assert get_trainer(config["MODEL_TYPE"], "SASRec") is SequenceTrainer  # RecBole's plain Trainer
+    assert get_trainer(config["MODEL_TYPE"], "STARRec") is SequenceTrainer
+    other = get_trainer(config["MODEL_TYPE"], "S3Rec")
+    assert not issubclass(other, SequenceTrainer)
+    assert not other.resumable
+
+
+def test_the_optimizer_is_fused():
+    trainer, _ = trainer_of(weight_decay=0.1, learner="adamw")
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    (group,) = trainer.optimizer.param_groups
+    assert group["fused"]
+    assert group["weight_decay"] == 0.1
+    assert group["lr"] == trainer.learning_rate
