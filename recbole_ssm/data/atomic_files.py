@@ -68,7 +68,7 @@ class AtomicFiles(recbole_datasets.Dataset):
     def _load_feat(self, filepath, source):
         try:
             _check_header(Path(filepath), self.config["field_separator"], self.config["encoding"])
-            feat = super()._load_feat(filepath, source)
+            feat = self._read(filepath, source)
         except UserError:
             raise
         except UnicodeDecodeError as error:
@@ -80,6 +80,9 @@ class AtomicFiles(recbole_datasets.Dataset):
         if source == FeatureSource.INTERACTION:
             self._check_interactions(Path(filepath), feat)
         return feat
+
+    def _read(self, filepath, source):
+        return super()._load_feat(filepath, source)
 
     def _check_interactions(self, path: Path, feat) -> None:
         if feat is None:
@@ -97,6 +100,18 @@ class AtomicFiles(recbole_datasets.Dataset):
         if self.time_field in needed and self.field2type[self.time_field] != FeatureType.FLOAT:
             raise UserError(f"{path} has {self.time_field}:{self.field2type[self.time_field].value}: make it float.")
 
+    def _filter_nan_user_or_item(self):
+        """As RecBole's, which mistakes row names for places once it has dropped a row."""
+        fields = [field for field in (self.uid_field, self.iid_field) if field is not None]
+        missing = self.inter_feat[fields].isna().any(axis=1)
+        if missing.any():
+            self.logger.warning(
+                f"{missing.sum()} interactions of {self.dataset_name} have no {' or '.join(fields)} "
+                f"(the first is line {missing.idxmax() + 2}); they are left out."
+            )
+            self.inter_feat = self.inter_feat[~missing].reset_index(drop=True)
+        super()._filter_nan_user_or_item()
+
     def _reset_index(self):
         if self.inter_feat.empty:
             raise UserError(
@@ -110,16 +125,21 @@ class AtomicFiles(recbole_datasets.Dataset):
         """As RecBole's, which counts on ``Series.agg`` to reach into lists; in pandas 3 it sees the column."""
         if not remap_list:
             return
-        columns = [feat[field].to_numpy() for feat, field, _ in remap_list]
         is_list = [ftype == FeatureType.TOKEN_SEQ for _, _, ftype in remap_list]
-        flat = [np.concatenate(column) if lists else column for column, lists in zip(columns, is_list, strict=True)]
-        ids, tokens = pd.factorize(np.concatenate(flat))
+        if len(remap_list) == 1 and not is_list[0]:
+            ((feat, field, _),) = remap_list
+            flat = [feat[field]]
+            ids, tokens = pd.factorize(feat[field])  # of categories without looking at their names again
+        else:
+            columns = [feat[field].to_numpy() for feat, field, _ in remap_list]
+            flat = [np.concatenate(column) if lists else column for column, lists in zip(columns, is_list, strict=True)]
+            ids, tokens = pd.factorize(np.concatenate(flat))
         parts = np.split(ids + 1, np.cumsum([len(column) for column in flat])[:-1])
         tokens = np.array(["[PAD]", *tokens])
         token_ids = {token: i for i, token in enumerate(tokens)}
-        for (feat, field, _), column, lists, part in zip(remap_list, columns, is_list, parts, strict=True):
+        for (feat, field, _), lists, part in zip(remap_list, is_list, parts, strict=True):
             if lists:
-                rows = np.split(part, np.cumsum([len(row) for row in column])[:-1])
+                rows = np.split(part, np.cumsum([len(row) for row in feat[field]])[:-1])
                 feat[field] = pd.Series(rows, feat.index, dtype=object)
             else:
                 feat[field] = part

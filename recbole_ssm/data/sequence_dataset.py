@@ -1,5 +1,7 @@
 """RecBole's sequential dataset as an index into the sorted interactions."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,14 +9,20 @@ import pandas as pd
 import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
-from recbole.utils.enum_type import FeatureSource
+from recbole.utils.enum_type import FeatureSource, FeatureType
 from scipy.sparse import coo_matrix
 
 from recbole_ssm.data.atomic_files import AtomicFiles
 from recbole_ssm.errors import UserError
 
-# From here on float64, which RecBole reads, no longer holds every integer: a clock in nanoseconds, for one.
-FLOAT64_ROUNDS = 2**53
+
+class _Rows(Interaction):
+    """An Interaction that rows are taken of by arrays; RecBole's makes lists of Python's integers of these first."""
+
+    def __getitem__(self, index):
+        if isinstance(index, np.ndarray | torch.Tensor):
+            return _Rows({field: values[index] for field, values in self.interaction.items()})
+        return super().__getitem__(index)
 
 
 class SequenceDataset(AtomicFiles, SequentialDataset):
@@ -37,13 +45,29 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
     user_start: torch.Tensor
     longest_row: int
 
-    def _load_feat(self, filepath, source):
-        feat = super()._load_feat(filepath, source)
-        if source == FeatureSource.INTERACTION and feat[self.time_field].abs().max() >= FLOAT64_ROUNDS:
-            column = f"{self.time_field}:float"
-            feat[self.time_field] = pd.read_csv(
-                filepath, sep=self.config["field_separator"], usecols=[column], encoding=self.config["encoding"]
-            )[column]
+    def _read(self, filepath, source):
+        """As RecBole's, but read by pandas' compiled reader, and tokens as categories."""
+        separator, encoding = self.config["field_separator"], self.config["encoding"]
+        if source != FeatureSource.INTERACTION or len(separator) > 1:
+            return super()._read(filepath, source)
+        with tempfile.TemporaryDirectory() as scratch:
+            # RecBole decides by the header which columns to load, and notes what they are.
+            header = Path(scratch, "header")
+            with open(filepath, encoding=encoding) as file:
+                header.write_text(file.readline(), encoding)
+            fields = super()._read(header, source)
+        if fields is None or any(self.field2type[field].value.endswith("seq") for field in fields):
+            return super()._read(filepath, source)
+        columns = {field: f"{field}:{self.field2type[field].value}" for field in fields}
+        dtypes = {
+            column: "category" if self.field2type[field] == FeatureType.TOKEN else np.float64
+            for field, column in columns.items()
+            if field != self.time_field  # whose whole numbers stay whole: float64 does not hold a clock in nanoseconds
+        }
+        feat = pd.read_csv(filepath, sep=separator, usecols=list(columns.values()), dtype=dtypes, encoding=encoding)
+        feat = feat.rename(columns={column: field for field, column in columns.items()})
+        if self.time_field in feat and not pd.api.types.is_numeric_dtype(feat[self.time_field]):
+            raise ValueError(f"column {columns[self.time_field]} holds more than numbers")
         return feat
 
     def _remove_duplication(self):
@@ -53,6 +77,25 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
             by_time = self.inter_feat.sort_values(self.time_field, kind="stable")
             pairs = [self.uid_field, self.iid_field]
             self.inter_feat = by_time.drop_duplicates(subset=pairs, keep=keep).sort_index()
+
+    def _filter_by_inter_num(self):
+        """As RecBole's (k-core filtering), counting arrays instead of looping over interactions."""
+        fields = (self.uid_field, self.iid_field)
+        wanted = [self.config["user_inter_num_interval"], self.config["item_inter_num_interval"]]
+        intervals = [self._parse_intervals_str(interval) for interval in wanted]
+        if self.user_feat is not None or self.item_feat is not None or intervals == [None, None]:
+            return super()._filter_by_inter_num()  # which keeps the features of users and items in step
+        ids = [pd.factorize(self.inter_feat[field])[0] for field in fields]
+        kept = np.arange(len(self.inter_feat))
+        while True:
+            legal = np.ones(len(kept), dtype=bool)
+            for numbers, interval in zip(ids, intervals, strict=True):
+                if interval is not None:
+                    legal &= self._within_intervals(np.bincount(numbers[kept]), interval)[numbers[kept]]
+            if legal.all():
+                break
+            kept = kept[legal]
+        self.inter_feat = self.inter_feat.iloc[kept]
 
     def _remap_ID_all(self):
         super()._remap_ID_all()
@@ -83,12 +126,12 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         self.user_start = torch.from_numpy(user_start)
 
         targets = np.flatnonzero(np.arange(len(users)) > user_start)
-        rows = self.inter_feat[targets]
+        rows = _Rows(self.inter_feat.interaction)[targets]
         length = np.minimum(targets - user_start[targets], self.max_item_list_len)
         self.longest_row = int(length.max())
         pointers = {self.item_list_length_field: length, self.TARGET_POSITION: targets}
         rows.update(Interaction({field: torch.from_numpy(values) for field, values in pointers.items()}))
-        self.inter_feat = rows
+        self.inter_feat, self._exact_time = rows, None
 
     def _report_short_users(self, sizes: np.ndarray) -> None:
         single = int((sizes == 1).sum())
@@ -117,6 +160,33 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
             if not len(part):
                 self.logger.warning(f"The {name} set of {self.dataset_name} is empty: there will be no {name} result.")
         return parts
+
+    def _grouped_index(self, group_by_list):
+        """Rows of each group in their order, groups in that of their first rows: ``(rows [n], sizes [G])``."""
+        group = pd.factorize(group_by_list)[0]
+        return group.argsort(kind="stable"), np.bincount(group)
+
+    def _split_index_by_leave_one_out(self, grouped_index, leave_one_num):
+        """As RecBole's: the last ``leave_one_num`` rows of a group to one part each, but never its first row."""
+        rows, sizes = grouped_index
+        from_end = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(rows)) - 1
+        held_out = np.repeat(np.minimum(leave_one_num, sizes - 1), sizes)
+        part = np.where(from_end < held_out, leave_one_num - from_end, 0)
+        return [rows[part == i] for i in range(leave_one_num + 1)]
+
+    def split_by_ratio(self, ratios, group_by=None):
+        """See :meth:`recbole.data.dataset.Dataset.split_by_ratio`."""
+        if group_by is None:
+            return super().split_by_ratio(ratios)
+        shares = [ratio / sum(ratios) for ratio in ratios]
+        rows, sizes = self._grouped_index(self.inter_feat[group_by].numpy())
+        different, number = np.unique(sizes, return_inverse=True)
+        borders = np.array([self._calcu_split_ids(int(size), shares) for size in different])
+        begin = np.cumsum(sizes) - sizes
+        place = np.arange(len(rows)) - np.repeat(begin, sizes)
+        part = (place[:, None] >= borders[np.repeat(number, sizes)]).sum(1)
+        self._drop_unused_col()
+        return [self.copy(self.inter_feat[rows[part == i]]) for i in range(len(ratios))]
 
     def __getitem__(self, index, join=True) -> Interaction:
         rows = super().__getitem__(index, join)

@@ -72,7 +72,7 @@ class SequenceDataLoader(DataLoader):
         self._negatives = 0 if negative["distribution"] == "none" else negative["sample_num"]
         self._popularity = None  # running sum over items of how often each is drawn, up to a factor
         if negative["distribution"] == "popularity":
-            counts = np.bincount(sampler.dataset.inter_feat[sampler.iid_field].numpy(), minlength=sampler.item_num)
+            counts = np.bincount(sampler._get_candidates_list())
             self._popularity = np.cumsum(np.where(counts, counts.astype(float) ** negative["alpha"], 0.0))
         self._epoch = 0
         self._plan = self._plan_epoch()

@@ -6,6 +6,7 @@ import pickle
 
 import recbole.data.dataset
 from recbole.data.dataset import SequentialDataset
+from recbole.data.utils import create_samplers, get_dataloader
 from recbole.data.utils import data_preparation as recbole_data_preparation
 from recbole.utils import ModelType, dataset_arguments, set_color
 
@@ -66,13 +67,23 @@ def data_preparation(config, dataset):
     Raises:
         UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
     """
-    if config["train_mode"] == "sequence":
-        _check_sequence_mode(config, dataset)
-        # RecBole splits, and makes the loaders of validation and test; its training loader is replaced.
-        train_data, valid_data, test_data = recbole_data_preparation(config, dataset)
-        train_data = SequenceDataLoader(config, train_data._dataset, train_data._sampler, config["shuffle"])
-        return train_data, valid_data, test_data
-    return recbole_data_preparation(config, dataset)
+    if config["train_mode"] != "sequence":
+        return recbole_data_preparation(config, dataset)
+    _check_sequence_mode(config, dataset)
+    parts = dataset.build()
+    samplers = create_samplers(config, dataset, parts)
+    train_data = SequenceDataLoader(config, parts[0], samplers[0], config["shuffle"])
+    valid_data, test_data = (
+        get_dataloader(config, phase)(config, part, sampler, shuffle=False)
+        for phase, part, sampler in zip(("valid", "test"), parts[1:], samplers[1:], strict=True)
+    )
+    for title, keys in (
+        ("Training", ("train_batch_size", "train_neg_sample_args")),
+        ("Evaluation", ("eval_batch_size", "eval_args")),
+    ):
+        settings = (set_color(key, "cyan") + " = " + set_color(f"[{config[key]}]", "yellow") for key in keys)
+        logging.getLogger().info(set_color(f"[{title}]: ", "pink") + " ".join(settings))
+    return train_data, valid_data, test_data
 
 
 def _check_sequence_mode(config, dataset) -> None:

@@ -12,7 +12,7 @@ from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.sequence_loader import cut_windows
 from recbole_ssm.errors import UserError
 
-from ..conftest import build, random_rows, small_config, write_dataset
+from ..conftest import HEADER, build, random_rows, small_config, write_dataset
 
 SPLITS = {
     "leave one out": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
@@ -181,3 +181,34 @@ def test_sampled_evaluation_runs():
     interaction, row_index, positive_u, positive_i = next(iter(valid_data))
     assert model.eval().predict(interaction).shape == row_index.shape
     assert len(positive_u) == len(positive_i)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"user_inter_num_interval": "[12,inf)", "item_inter_num_interval": "[15,inf)"},
+        {"item_inter_num_interval": "[0,29);[31,40]"},
+        {"user_inter_num_interval": "(8,20);[22,23]"},
+        {"val_interval": {"item_id": ["i1", "i2", "i3", "i4"], "timestamp": "[1000000300,inf)"}},
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_recbole(settings):
+    lines = [*random_rows(users=60), "\ti1\t1", "u1\t\t1"]  # a user and an item without a name
+    write_dataset("tiny", lines)
+    config = small_config("Mamba4Rec", **settings)
+    ours, theirs = create_dataset(config), hardened(SequentialDataset)(config)
+    assert len(ours.inter_feat) == len(theirs.inter_feat) < len(lines) - 2
+    for field in ("user_id", "item_id"):
+        assert list(ours.field2id_token[field]) == list(theirs.field2id_token[field])
+        assert (ours.inter_feat[field].to_numpy() == theirs.inter_feat[field].to_numpy()).all()
+
+
+def test_a_user_and_a_friend_share_their_names():
+    """Two columns of one alias have one list of tokens."""
+    header = HEADER + "\tfriend:token"
+    write_dataset("tiny", ["a\tx\t1\tb", "b\ty\t2\ta", "a\ty\t3\tc"], header)
+    config = small_config("Mamba4Rec", alias_of_user_id=["friend"], load_col=None)
+    dataset = create_dataset(config)
+    assert list(dataset.field2id_token["user_id"]) == ["[PAD]", "a", "b", "c"]
+    assert list(dataset.inter_feat["friend"]) == [2, 1, 3]
