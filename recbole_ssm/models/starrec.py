@@ -73,7 +73,9 @@ class STARRec(PackedRecommender):
         n_layers = config["num_layers"]
         self.layers = nn.ModuleList(DualPathLayer(config, n_layers > 1) for _ in range(n_layers))
         self.mixture = (
-            MixtureOfExperts(self.hidden_size, config["n_experts"], dropout_prob) if config["use_moe"] else None
+            MixtureOfExperts(self.hidden_size, config["n_experts"], dropout_prob, config["experts_per_token"])
+            if config["use_moe"]
+            else None
         )
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
         self.apply(init_weights)
@@ -91,16 +93,16 @@ class STARRec(PackedRecommender):
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """The mixture of experts, or ``hidden`` itself without one."""
-        return hidden if self.mixture is None else self.mixture(hidden)[0]
+        return hidden if self.mixture is None else self.mixture(hidden).output
 
     def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
         if self.mixture is None:
             return self.ranking_loss(hidden, positives, negatives)
-        mixed, gate, experts = self.mixture(hidden)
-        terms = [self.ranking_loss(mixed, positives, negatives)]
+        mixed = self.mixture(hidden)
+        terms = [self.ranking_loss(mixed.output, positives, negatives)]
         if self.diversity_weight:
-            terms.append(self.diversity_weight * expert_diversity(experts))
+            terms.append(self.diversity_weight * expert_diversity(mixed.experts))
         if self.balance_weight:
-            terms.append(self.balance_weight * load_balance(gate))
+            terms.append(self.balance_weight * load_balance(mixed.gate, mixed.chosen))
         return tuple(terms) if len(terms) > 1 else terms[0]

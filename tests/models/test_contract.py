@@ -19,6 +19,7 @@ ABLATIONS = [
     ("STARRec", {"use_pma": False}),
     ("STARRec", {"use_similarity": False}),
     ("STARRec", {"use_moe": False}),
+    ("STARRec", {"experts_per_token": 2}),
     ("STARRec", {"diversity_weight": 0.0}),
     ("STARRec", {"balance_weight": 0.0}),
     ("STARRec", {"use_position_embedding": False}),
@@ -118,11 +119,11 @@ def test_bfloat16_autocast(name, settings):
 
 
 @every_model
-def test_a_model_that_sees_the_future_refuses_whole_histories(name):
+def test_a_model_of_more_than_one_pass_refuses_whole_histories(name):
     _, model, _ = build(name)
     _, _, (histories, _, _) = build("Mamba4Rec")
-    model.causal = False
-    with pytest.raises(UserError, match="would see the targets at once: set train_mode: prefix"):
+    model.one_pass = False
+    with pytest.raises(UserError, match="needs a row for each target: set train_mode: prefix"):
         model.calculate_loss(next(iter(histories)))
 
 
