@@ -15,6 +15,9 @@ from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
 from recbole_ssm.errors import UserError
 
+# Scores that exist at a time in full ranking, on a CPU and on a GPU; RecBole's metrics make some copies of them.
+SCORES_AT_A_TIME = (1 << 22, 1 << 28)
+
 DATASET_CLASSES = {
     ModelType.SEQUENTIAL: "SequentialDataset",
     ModelType.KNOWLEDGE: "KnowledgeBasedDataset",
@@ -67,6 +70,7 @@ def data_preparation(config, dataset):
     Raises:
         UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
     """
+    _bound_scores(config, dataset)
     if config["train_mode"] != "sequence":
         return recbole_data_preparation(config, dataset)
     _check_sequence_mode(config, dataset)
@@ -84,6 +88,16 @@ def data_preparation(config, dataset):
         settings = (set_color(key, "cyan") + " = " + set_color(f"[{config[key]}]", "yellow") for key in keys)
         logging.getLogger().info(set_color(f"[{title}]: ", "pink") + " ".join(settings))
     return train_data, valid_data, test_data
+
+
+def _bound_scores(config, dataset) -> None:
+    """Lower ``eval_batch_size`` to as many users as can have all items' scores at a time.
+
+    RecBole does so for its other models; a sequential one would hold those of 4096 users, whatever the catalogue.
+    """
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and "full" in config["eval_args"]["mode"].values():
+        most = max(1, SCORES_AT_A_TIME[config["device"].type == "cuda"] // dataset.item_num)
+        config["eval_batch_size"] = min(config["eval_batch_size"], most)
 
 
 def _check_sequence_mode(config, dataset) -> None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_ssm.ops import causal_conv, selective_scan
+from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
+from recbole_ssm.ops.packing import rows
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -51,25 +52,34 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(inverse_softplus(initial_step_sizes(len(self.D))))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
-        """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """Run the block over packed sequences.
+
+        Args:
+            x: ``[T, d_model]``.
+            cu_seqlens: borders of the sequences, int32 ``[S+1]``.
+            read: rows whose output is wanted, int64 ``[R]``; all where absent.
+            last: promise that ``read`` is the last row of every sequence, whose output alone is computed then.
+
+        Returns:
+            ``[T, d_model]`` or ``[R, d_model]``.
+        """
+        into_scan, into_gate = self.in_proj.weight.chunk(2)
+        z = F.linear(rows(x, read), into_gate)
+        x = F.linear(x, into_scan)
         x = causal_conv(x, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan(
-            x,
-            F.linear(dt, self.dt_proj.weight),
-            -torch.exp(self.A_log.float()),
-            B,
-            C,
-            dt_bias=self.dt_proj.bias,
-            dt_softplus=True,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )
-        if read is not None:
-            x, y, z = x[read], y[read], z[read]
-        return self.out_proj((y + self.D * x) * F.silu(z))
+        into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
+        dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
+        dt, A = F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float())
+        settings = {
+            "dt_bias": self.dt_proj.bias, "dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": self.backend,
+        }  # fmt: skip
+        if last:
+            x_read = rows(x, read)
+            y = selective_scan_last(x, dt, A, B, F.linear(x_read, into_C), **settings)
+        else:
+            y, x_read = rows(selective_scan(x, dt, A, B, F.linear(x, into_C), **settings), read), rows(x, read)
+        return self.out_proj((y + self.D * x_read) * F.silu(z))
 
 
 class MambaLayer(nn.Module):
@@ -101,9 +111,9 @@ class MambaLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.stacked = stacked
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
-        """``[T, d]`` to ``[T, d]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d]``."""
-        hidden = self.dropout(self.mamba(x, cu_seqlens, read))
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See :meth:`Mamba.forward`."""
+        hidden = self.dropout(self.mamba(x, cu_seqlens, read, last))
         if self.stacked:
-            hidden = hidden + (x if read is None else x[read])
+            hidden = hidden + rows(x, read)
         return self.norm(hidden)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.ops import preference_attention
+from recbole_ssm.ops.packing import rows
 
 
 class PreferenceAwareAttention(nn.Module):
@@ -84,9 +85,8 @@ class PreferenceAwareAttention(nn.Module):
             q, k, v, feature, self.score_weight, similarity_weight, self.threshold,
             cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all",
         ).flatten(-2)  # fmt: skip
-        if read is not None:
-            x = x[read]
-            context = context if last else context[read]
+        x = rows(x, read)
+        context = context if last else rows(context, read)
         gated_context = context * F.silu(self.context_gate(context))
         return self.norm(x + self.dropout(self.out_proj(gated_context)))
 

@@ -34,5 +34,5 @@ class Mamba4Rec(PackedRecommender):
         hidden = self.norm(self.dropout(self.item_embedding(items)))
         final = len(self.mamba_layers) - 1
         for i, (mamba, feed_forward) in enumerate(zip(self.mamba_layers, self.feed_forwards, strict=True)):
-            hidden = feed_forward(mamba(hidden, cu_seqlens, read if i == final else None))
+            hidden = feed_forward(mamba(hidden, cu_seqlens, *((read, last) if i == final else ())))
         return hidden

@@ -50,10 +50,10 @@ class DualPathLayer(nn.Module):
         if not self.use_ssm:
             return self.attention(x, item_embedding, cu_seqlens, read, last)
         if not self.use_pma:
-            return self.ssm(x, cu_seqlens, read)
+            return self.ssm(x, cu_seqlens, read, last)
         gamma = self.fusion_weights
         attended = self.attention(x, item_embedding, cu_seqlens, read, last)
-        return gamma[0] * attended + gamma[1] * self.ssm(x, cu_seqlens, read)
+        return gamma[0] * attended + gamma[1] * self.ssm(x, cu_seqlens, read, last)
 
 
 class STARRec(PackedRecommender):

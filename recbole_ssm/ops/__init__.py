@@ -2,15 +2,17 @@
 
 from recbole_ssm.ops.causal_conv import causal_conv, causal_conv_step
 from recbole_ssm.ops.preference_attention import preference_attention
-from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_step
-from recbole_ssm.ops.ssd import ssd, ssd_step
+from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last, selective_scan_step
+from recbole_ssm.ops.ssd import ssd, ssd_last, ssd_step
 
 __all__ = [
     "causal_conv",
     "causal_conv_step",
     "preference_attention",
     "selective_scan",
+    "selective_scan_last",
     "selective_scan_step",
     "ssd",
+    "ssd_last",
     "ssd_step",
 ]

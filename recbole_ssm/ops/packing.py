@@ -41,6 +41,14 @@ def last_rows(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens[1:].long() - 1
 
 
+def rows(packed: Tensor, read: Tensor | None) -> Tensor:
+    """The rows ``read`` (int64 ``[R]``, each at most once) of ``[T, ...]``, all where absent.
+
+    ``packed[read]`` is the same, but its backward pass is made for rows that are read more than once, and slow.
+    """
+    return packed if read is None else packed.index_select(0, read)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def single_rows(count: int, device: torch.device) -> Tensor:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from recbole.data.dataset import SequentialDataset
 
-from recbole_ssm.data import create_dataset
+from recbole_ssm.data import create_dataset, utils
 from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.sequence_loader import cut_windows
 from recbole_ssm.errors import UserError
+from recbole_ssm.trainer import get_trainer
 
 from ..conftest import HEADER, build, random_rows, small_config, write_dataset
 
@@ -173,6 +174,21 @@ def test_removed_duplicates_leave_ties_in_file_order():
     lines = [f"u\ti{k % 500}\t7" for k in range(1000)]
     write_dataset("tiny", lines)
     assert tokens_in_order(small_config("Mamba4Rec", rm_dup_inter="first")) == [f"i{k}" for k in range(500)]
+
+
+@pytest.mark.parametrize("name", ["Mamba4Rec", "SASRec"])
+def test_users_evaluated_at_a_time_change_no_metric(name, monkeypatch):
+    results = []
+    for scores, batches in ((1 << 22, 1), (31 * 7, 6)):
+        monkeypatch.setattr(utils, "SCORES_AT_A_TIME", (scores, scores))
+        config, model, (train_data, valid_data, _) = build(
+            name, loss_type="CE", metrics=["Recall", "NDCG", "MRR", "GAUC"]
+        )
+        assert len(valid_data) == batches
+        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+        trainer.eval_collector.data_collect(train_data)
+        results.append(trainer.evaluate(valid_data, load_best_model=False))
+    assert results[0] == results[1]
 
 
 def test_sampled_evaluation_runs():

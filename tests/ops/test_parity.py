@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks.cases import OPS, errors, excess, make, results
+from benchmarks.cases import ALLOWED, OPS, errors, excess, make, results
+from recbole_ssm import ops
 from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
 from recbole_ssm.ops.backend import why_not
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
@@ -152,6 +153,56 @@ def test_steps_equal_the_whole_sequence(op, backend):
             y, state = step(**now, **settings, state=state, backend=backend)
             torch.testing.assert_close(y, whole[t::6], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["selective_scan", "ssd"])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 17, 3], [2, 70]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_last_rows_alone(op, lengths, dtype, backend):
+    device = "cpu" if backend == "cpu" else DEVICE
+    case = make(op, lengths, next(iter(SIZES[op].values())), dtype, device, states=False)
+    rows = case.fixed["cu_seqlens"][1:].long() - 1
+    fixed = {"cu_seqlens": case.fixed["cu_seqlens"], "dt_softplus": True}
+
+    def whole(inputs, backend):
+        return OPS[op](**inputs, **fixed, backend=backend)[rows]
+
+    def alone(inputs):
+        chosen = {"backend": backend} if op == "selective_scan" else {}
+        return getattr(ops, f"{op}_last")(**{**inputs, "C": inputs["C"][rows]}, **fixed, **chosen)
+
+    inputs = {name: t for name, t in case.inputs.items() if name not in ("D", "z")}
+    exact = {name: t for name, t in case.exact().items() if name not in ("D", "z")}
+    truth = results(case, (whole(exact, "reference"),), exact)
+    reference = errors(results(case, (whole(inputs, "reference"),), inputs), truth)
+    found = errors(results(case, (alone(inputs),), inputs), truth)
+    for name, off in found.items():
+        assert off <= ALLOWED * max(reference[name], torch.finfo(dtype).eps), name
+
+
+def test_the_last_row_of_nothing():
+    cu_seqlens = torch.tensor([0, 0, 2], dtype=torch.int32)
+    x, B, C = torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4)
+    assert not ops.selective_scan_last(x, x, -torch.ones(3, 4), B, C, cu_seqlens=cu_seqlens)[0].any()
+    y = ops.ssd_last(x[..., None], x, -torch.ones(3), B[:, None], C[:, None], cu_seqlens=cu_seqlens)
+    assert not y[0].any()
+    assert y[1].all()
+    with pytest.raises(ValueError, match=r"C is \[1, 4\], not \[2, 4\]"):
+        ops.selective_scan_last(x, x, -torch.ones(3, 4), B, C[:1], cu_seqlens=cu_seqlens)
+
+
+def test_decay_of_the_last_rows_does_not_leak_between_sequences():
+    """Where what came before is long and decays fast, a float32 running sum would have lost the step sizes."""
+    lengths = torch.tensor([20_000, 3])
+    case = make("ssd", lengths, {"H": 2, "P": 3, "G": 1, "N": 4}, states=False)
+    case.inputs["dt"] = case.inputs["dt"].detach() + 6
+    inputs = {name: t for name, t in case.inputs.items() if name != "D"}
+    tail = {name: t[-3:] if len(t) > 3 else t for name, t in inputs.items()}
+    fixed = {"dt_softplus": True}
+    y = ops.ssd_last(**{**inputs, "C": inputs["C"][[-4, -1]]}, cu_seqlens=case.fixed["cu_seqlens"], **fixed)
+    border = torch.tensor([0, 3], dtype=torch.int32)
+    torch.testing.assert_close(y[1], OPS["ssd"](**tail, cu_seqlens=border, backend="reference", **fixed)[-1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -59,12 +59,7 @@ def selective_scan(
         ValueError: shapes that do not fit, or an unknown backend.
         BackendUnavailable: a backend that cannot run here.
     """
-    check_packed(cu_seqlens, x=x, dt=dt, B=B, C=C, z=z)
-    if A.shape != (x.shape[1], B.shape[1]) or C.shape != B.shape or dt.shape != x.shape:
-        raise ValueError(
-            f"x {list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)} and C {list(C.shape)} "
-            "do not fit [T, D], [T, D], [D, N], [T, N], [T, N]"
-        )
+    _check(cu_seqlens, x, dt, A, B, C=C, z=z)
     state_shape = (len(cu_seqlens) - 1, *A.shape)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state is {list(initial_state.shape)}, not {list(state_shape)}")
@@ -73,21 +68,36 @@ def selective_scan(
     if return_final_state and torch.is_grad_enabled():
         lacks = "gradient of the final state"
     chosen = choose("selective_scan", backend, x, lacks)
+    y, final_state = _run(
+        chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def _check(cu_seqlens, x, dt, A, B, **more):
+    check_packed(cu_seqlens, x=x, dt=dt, B=B, **more)
+    C = more.get("C", B)
+    if A.shape != (x.shape[1], B.shape[1]) or C.shape != B.shape or dt.shape != x.shape:
+        raise ValueError(
+            f"x {list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)} and C {list(C.shape)} "
+            "do not fit [T, D], [T, D], [D, N], [T, N], [T, N]"
+        )
+
+
+def _run(
+    chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
+):  # fmt: skip
     if chosen == "triton":
         from recbole_ssm.ops.selective_scan.triton import selective_scan_triton
 
-        y, final_state = selective_scan_triton(
+        return selective_scan_triton(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
         )
-    elif chosen == "mamba_ssm":
+    if chosen == "mamba_ssm":
         from recbole_ssm.ops.selective_scan.external import selective_scan_external
 
-        y, final_state = selective_scan_external(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens)
-    else:
-        y, final_state = _on_torch(
-            chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-        )
-    return (y, final_state) if return_final_state else y
+        return selective_scan_external(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens)
+    return _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state)
 
 
 def _on_torch(
@@ -111,6 +121,51 @@ def _on_torch(
     if z is not None:
         y = y * F.silu(z.to(compute))
     return y.to(x.dtype), final_state
+
+
+def selective_scan_last(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    cu_seqlens: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`selective_scan` (without skip and gate) at the last row of each sequence alone: ``[S, D]``.
+
+    Args:
+        x: ``[T, D]``.
+        dt: ``[T, D]``.
+        A: ``[D, N]``.
+        B: ``[T, N]``.
+        C: output matrix of the last rows, ``[S, N]``.
+        dt_bias: ``[D]``.
+        dt_softplus: whether ``dt`` passes a softplus.
+        cu_seqlens: borders of the sequences, int32 ``[S+1]``; an empty sequence's output is 0.
+        backend: as :func:`selective_scan`.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        BackendUnavailable: a backend that cannot run here.
+    """
+    _check(cu_seqlens, x, dt, A, B)
+    sequences = len(cu_seqlens) - 1
+    if C.shape != (sequences, B.shape[1]):
+        raise ValueError(f"C is {list(C.shape)}, not {[sequences, B.shape[1]]}")
+    chosen = choose("selective_scan", backend, x)
+    if chosen == "mamba_ssm":  # whose final state has no gradient
+        last = cu_seqlens[1:].long() - 1
+        rows = B.new_zeros(B.shape).index_put((last,), C.to(B.dtype))
+        return selective_scan(
+            x, dt, A, B, rows, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens, backend=backend
+        ).index_select(0, last)
+    nothing = B.new_zeros(B.shape) if chosen != "cpu" else B.new_empty(0, B.shape[1])
+    _, state = _run(chosen, x, dt, A, B, nothing, None, None, dt_bias, dt_softplus, None, cu_seqlens, True)
+    return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
 
 
 def selective_scan_step(

@@ -32,12 +32,16 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                 for t in range(begin, end):
                     step = dt[t, d]
                     drive = step * x[t, d]
-                    total = np.float32(0.0)
-                    for n in range(N):
-                        h = exp_of_negative(step * rate[n]) * state[n] + drive * B[t, n]
-                        state[n] = h
-                        total += h * C[t, n]
-                    y[t, d] = total
+                    if len(C) > 0:
+                        total = np.float32(0.0)
+                        for n in range(N):
+                            h = exp_of_negative(step * rate[n]) * state[n] + drive * B[t, n]
+                            state[n] = h
+                            total += h * C[t, n]
+                        y[t, d] = total
+                    else:
+                        for n in range(N):
+                            state[n] = exp_of_negative(step * rate[n]) * state[n] + drive * B[t, n]
                 if len(final_state) > 0:
                     for n in range(N):
                         final_state[s, d, n] = state[n]
@@ -135,14 +139,17 @@ def _backward(
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """A state that is not given or not asked for is a tensor of no sequences, ``[0, D, N]``."""
+    """A state that is not given or not asked for is a tensor of no sequences, ``[0, D, N]``.
+
+    Without rows in ``C [0, N]`` there is no output, ``[0, D]``.
+    """
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens, return_final_state):
         inputs = [t.detach().contiguous() for t in (x, dt, A, B, C, initial_state)]
         arrays = [t.numpy() for t in inputs]
         borders = cu_seqlens.numpy()
-        y = torch.empty_like(inputs[0])
+        y = x.new_empty(len(C), x.shape[1])
         final_state = torch.empty((len(borders) - 1) * return_final_state, *A.shape)
         _forward(*arrays, borders, group_borders(borders), y.numpy(), final_state.numpy())
         ctx.save_for_backward(*inputs, cu_seqlens)
@@ -153,6 +160,10 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final):
         *inputs, cu_seqlens = ctx.saved_tensors
         x, dt, A, B, C, initial_state = inputs
+        rows_of_C = len(C)
+        if rows_of_C < len(x):
+            C, grad_y = torch.zeros_like(B), torch.zeros_like(x)
+            inputs[4] = C
         borders = cu_seqlens.numpy()
         groups = group_borders(borders)
         grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
@@ -163,7 +174,7 @@ class _SelectiveScan(torch.autograd.Function):
         incoming = (grad_y.contiguous(), grad_final.contiguous())
         arrays = [t.numpy() for t in (*inputs, *incoming, *grads)]
         _backward(*arrays[:6], borders, groups, *arrays[6:])
-        return grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C, grad_initial, None, None
+        return grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C[:rows_of_C], grad_initial, None, None
 
 
 def selective_scan_cpu(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed, single_rows
+from recbole_ssm.ops.packing import check_packed, sequence_ids, single_rows
 from recbole_ssm.ops.ssd.reference import ssd_reference
 from recbole_ssm.ops.step_sizes import step_sizes
 
@@ -112,6 +112,51 @@ def _on_torch(
     if D is not None:
         y = y + D.to(compute)[:, None] * u
     return y.to(x.dtype), final_state
+
+
+def ssd_last(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """:func:`ssd` (without skip) at the last row of each sequence alone: ``[S, H, P]``.
+
+    A head's decay is a scalar, so the dual, attention-like form (arXiv 2405.21060, section 3) is a weighted sum of the
+    inputs: ``y = sum_j dt_j exp(A sum_{i>j} dt_i) (C . B_j) x_j``. It has no states, in plain torch on any device.
+
+    Args:
+        x: ``[T, H, P]``.
+        dt: ``[T, H]``.
+        A: ``[H]``.
+        B: ``[T, G, N]``.
+        C: output matrix of the last rows, ``[S, G, N]``.
+        dt_bias: ``[H]``.
+        dt_softplus: whether ``dt`` passes a softplus.
+        cu_seqlens: borders of the sequences, int32 ``[S+1]``; an empty sequence's output is 0.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_packed(cu_seqlens, x=x, dt=dt, B=B)
+    if C.shape != (len(cu_seqlens) - 1, *B.shape[1:]):
+        raise ValueError(f"C is {list(C.shape)}, not {[len(cu_seqlens) - 1, *B.shape[1:]]}")
+    compute = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        step = step_sizes(dt, dt_bias, dt_softplus, compute)
+        # One running sum over all sequences, in float64: differences within a sequence lose nothing to those before.
+        log_decay = (step.double() * A.double()).cumsum(0)
+        sequence, last = sequence_ids(cu_seqlens), cu_seqlens[1:].long() - 1
+        left = (log_decay.index_select(0, last.index_select(0, sequence)) - log_decay).exp().to(compute)
+        affinity = (B.to(compute) * C.to(compute).index_select(0, sequence)).sum(-1)  # [T, G]
+        weight = step * left * affinity.repeat_interleave(x.shape[1] // B.shape[1], 1)
+        y = x.new_zeros(len(C), *x.shape[1:], dtype=compute)
+        return y.index_add(0, sequence, weight[..., None] * x.to(compute)).to(x.dtype)
 
 
 def ssd_step(
