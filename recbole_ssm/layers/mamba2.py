@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus
 from recbole_ssm.ops import causal_conv, ssd
+from recbole_ssm.ops.packing import row_positions, rows
+from recbole_ssm.ops.step_sizes import step_sizes
 
 
 class Mamba2(nn.Module):
@@ -40,24 +42,98 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
-        heads = len(self.D)
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, heads], dim=-1)
-        xBC = causal_conv(
-            xBC, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend
-        )
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        z, xBC, dt = self._project(x)
+        xBC = self._convolve(xBC, self.conv.weight[:, 0], self.conv.bias, cu_seqlens)
+        x, B, C = self._split(xBC)
         y = ssd(
-            x.unflatten(-1, (heads, self.headdim)),
-            dt,
-            -torch.exp(self.A_log.float()),
-            B[:, None],
-            C[:, None],
-            self.D,
-            self.dt_bias,
-            dt_softplus=True,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        ).flatten(-2)
-        if read is not None:
-            y, z = y[read], z[read]
-        return self.out_proj(self.norm(y * F.silu(z)))
+            x, dt, self._rates(), B[:, None], C[:, None], self.D, self.dt_bias,
+            dt_softplus=True, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        return self._gate(rows(y, read), rows(z, read))
+
+    def read_prefixes_in_reverse(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
+        """The block's last output over each prefix of each sequence, read from its end to its beginning, in one pass.
+
+        For the prefix of the items ``s`` to ``t``, the recurrence of :func:`recbole_ssm.ops.ssd` over ``t, ..., s`` is,
+        per head and written out at its last step, item ``s``::
+
+            y(t) = sum_{j=s..t} weight_j (C_s . B_j) x_j + D x_s,   weight_j = dt_j prod_{i=s..j-1} exp(dt_i A)
+
+        where ``x_j``, ``B_j`` and ``C_j`` come of a convolution over the items ``j`` to ``j+K-1``, of which a prefix
+        has those up to ``t``. So the summand of ``j`` is the same for all ``t >= j+K-1``, and their sum a running one;
+        the last ``K-1`` summands of a prefix are its own.
+
+        Returns:
+            For each row that of the prefix which ends there: ``[T, d_model]``, or for the rows ``read`` alone.
+        """
+        position = row_positions(cu_seqlens).long()
+        first = torch.arange(len(x), device=x.device) - position
+        z, xBC, dt = self._project(x)
+        weight = self._weights_from_first(dt, position, cu_seqlens)
+        seen = self._convolve_prefixes(xBC, cu_seqlens)
+        *own, shared = seen.unbind(1)
+        reach = position.clamp_max(len(own))
+        x_first, _, C = self._split(seen[first + reach, reach])
+
+        def weight_before(distance: int) -> Tensor:
+            return weight.roll(distance, 0) * (position >= distance)[:, None]
+
+        x, B, _ = self._split(shared)
+        # Without decay a state is the sum of what was added to it.
+        y = ssd(
+            x, weight_before(len(own)), torch.zeros_like(self.D), B[:, None], C[:, None],
+            cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        y = y + self.D[:, None] * x_first
+        for distance, convolved in enumerate(own):
+            x, B, _ = self._split(convolved)
+            share = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
+            y = y + share[..., None] * x
+        return self._gate(rows(y, read).to(xBC.dtype), z[rows(first, read)])
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[T, d_model]`` to the gate ``[T, H P]``, what is to be convolved and raw step sizes ``[T, H]``."""
+        return self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, len(self.D)], dim=-1)
+
+    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        return causal_conv(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[..., H P + 2 N]`` to ``x [..., H, P]``, ``B [..., N]`` and ``C [..., N]``."""
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        return x.unflatten(-1, (-1, self.headdim)), B, C
+
+    def _rates(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """``y [..., H, P]`` and its gate to the block's output."""
+        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+
+    def _convolve_prefixes(self, xBC: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Convolutions of reversed prefixes near their ends, ``[T, D]`` to ``[T, K, D]``.
+
+        At row ``t`` the ``o``-th is that of item ``t-o`` in the prefix that ends with ``t``: over the items ``t-o`` to
+        ``t``, of which the filter's last column weighs the first. It is meaningless where ``t-o`` is no item.
+        """
+        filters = self.conv.weight[:, 0]
+        taps = filters.shape[1]
+        # In a causal convolution's order, the o-th [D, K] of them: K-1-o zeros, then the last o+1 columns, reversed.
+        filters = F.pad(filters.flip(1), (taps - 1, 0)).unfold(1, taps, 1).transpose(0, 1)
+        bias = None if self.conv.bias is None else self.conv.bias.repeat(taps)
+        return self._convolve(xBC.repeat(1, taps), filters.flatten(0, 1), bias, cu_seqlens).unflatten(-1, (taps, -1))
+
+    def _weights_from_first(self, dt: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """``dt_j prod_{i<j} exp(dt_i A)``, the product over the items before ``j`` in its sequence: ``[T, H]``.
+
+        The product is what is left of a state of 1 at the sequence's first item. The SSM's own recurrence takes it, as
+        a sum of exponents over all rows would leak rounding from one sequence to the next.
+        """
+        dt = step_sizes(dt, self.dt_bias, True, torch.promote_types(dt.dtype, torch.float32))
+        is_first = (position == 0)[:, None]
+        one = dt.new_ones(len(dt), 1, 1)
+        left = ssd(
+            (is_first * torch.ones_like(dt))[..., None], torch.where(is_first, 1.0, dt.roll(1, 0)), self._rates(),
+            one, one, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        return dt * left[..., 0]

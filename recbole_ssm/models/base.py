@@ -14,10 +14,11 @@ from recbole_ssm.ops.packing import last_rows, pack
 
 LOSS_TYPES = ("CE", "BCE", "BPR", "gBCE", "SampledSoftmax")
 
-# RecBole's rows are encoded in blocks of about this many items, so that memory does not grow with the batch; on a CPU
-# small ones, whose activations (up to 32 MB) the allocator reuses where it would fetch larger ones anew.
-ITEMS_PER_BLOCK = {"cpu": 1 << 13}
-ITEMS_PER_BLOCK_ELSEWHERE = 1 << 17
+# RecBole's rows are encoded in blocks of about this many items; on a CPU small ones, whose activations (up to 32 MB)
+# the allocator reuses where it would fetch larger ones anew. Up to so many items' activations are kept for the backward
+# pass; of larger batches they are computed again, a block at a time.
+ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
+ITEMS_KEPT = {"cpu": 1 << 15, "cuda": 1 << 18}
 
 
 class PackedRecommender(SequentialRecommender):
@@ -134,13 +135,12 @@ class PackedRecommender(SequentialRecommender):
 
     def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state at the last item of each padded row, ``[B, d]``."""
-        size = ITEMS_PER_BLOCK.get(item_seq.device.type, ITEMS_PER_BLOCK_ELSEWHERE)
+        device = "cpu" if item_seq.device.type == "cpu" else "cuda"
         read = self.items_read(item_seq_len)
-        block = (read.cumsum(0) - read) // size
+        block = (read.cumsum(0) - read) // ITEMS_PER_BLOCK[device]
         sizes = block.unique_consecutive(return_counts=True)[1].tolist()
         blocks = zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)
-        if len(sizes) > 1 and torch.is_grad_enabled():
-            # One block's activations at a time: they are computed again when its gradient is.
+        if len(sizes) > 1 and torch.is_grad_enabled() and int(read.sum()) > ITEMS_KEPT[device]:
             return torch.cat([checkpoint(self._encode_block, *rows, use_reentrant=False) for rows in blocks])
         return torch.cat([self._encode_block(*rows) for rows in blocks])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
 from recbole_ssm.models.base import PackedRecommender, init_weights
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths, flip_rows, last_rows, pad
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths, flip_rows, last_rows, pad, rows, single_rows
 
 MASK_ITEM = 0
 BACKWARD_STREAMS = ("final", "aligned")
@@ -40,23 +40,36 @@ class BiSSDLayer(nn.Module):
         self.dropout = nn.Dropout(dropout_prob)
         self.feed_forward = FeedForward(size, dropout_prob, dropout_last=True)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
-        """``[T, d]`` to ``[T, d]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d]``."""
-        hidden = self.mamba(x, cu_seqlens, read) + (x if read is None else x[read])
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, each_prefix: bool = False) -> Tensor:
+        """``[T, d]`` to ``[T, d]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d]``.
+
+        With ``each_prefix`` a row gets what the last row of its prefix would get: of what comes after it, nothing.
+        """
+        hidden = self.mamba(x, cu_seqlens, read) + rows(x, read)
         if self.bidirectional:
-            flip = flip_rows(cu_seqlens)
-            backward_read = read
-            if self.flip_back:
-                backward_read = flip if read is None else flip[read]
-            hidden = hidden + self.beta * self.mamba(x[flip], cu_seqlens, backward_read)
+            backward = self._backward_of_prefixes if each_prefix else self._backward
+            hidden = hidden + self.beta * backward(x, cu_seqlens, read)
         return self.feed_forward(self.dropout(self.norm(hidden)))
+
+    def _backward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
+        flip = flip_rows(cu_seqlens)
+        if self.flip_back:
+            read = rows(flip, read)
+        return self.mamba(x[flip], cu_seqlens, read)
+
+    def _backward_of_prefixes(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
+        if not self.flip_back:
+            return self.mamba.read_prefixes_in_reverse(x, cu_seqlens, read)
+        alone = rows(x, read)
+        return self.mamba(alone, single_rows(len(alone), x.device))
 
 
 class SSD4Rec(PackedRecommender):
     """Bi-SSD layers over masked, variable-length item sequences.
 
-    It reads a sequence as a whole unless ``bidirectional`` is off, so it trains on one target a row
-    (``train_mode: prefix``).
+    A position of a bidirectional stack sees later ones, so it trains on one target a row (``train_mode: prefix``). Of a
+    single layer one pass gives what each prefix alone would, so it can train on every position at once, too; the mask
+    is drawn once a window then, and shared by its prefixes.
     """
 
     def __init__(self, config, dataset):
@@ -65,8 +78,8 @@ class SSD4Rec(PackedRecommender):
             raise UserError(
                 f"backward_stream is {config['backward_stream']!r}: choose one of {', '.join(BACKWARD_STREAMS)}."
             )
-        self.causal = not config["bidirectional"]
         self.var_len, self.mask_ratio = config["var_len"], config["mask_ratio"]
+        self.one_pass = self.var_len and (config["num_layers"] == 1 or not config["bidirectional"])
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)  # row 0 embeds the mask
         self.dropout = nn.Dropout(config["dropout_prob"])
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12) if config["norm_embedding"] else None
@@ -77,7 +90,7 @@ class SSD4Rec(PackedRecommender):
         """See :meth:`PackedRecommender.encode`; with ``var_len`` off only the last rows can be read."""
         if not self.var_len:
             if not last:
-                raise UserError("var_len: False pads every sequence, which train_mode: sequence cannot read.")
+                raise UserError("var_len: False pads every sequence, whose last row alone can be read then.")
             items, cu_seqlens = self._fix_length(items, cu_seqlens)
             read = last_rows(cu_seqlens)
         if self.training and self.mask_ratio:
@@ -87,7 +100,7 @@ class SSD4Rec(PackedRecommender):
             hidden = self.norm(self.dropout(hidden))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens)
-        return self.layers[-1](hidden, cu_seqlens, read)
+        return self.layers[-1](hidden, cu_seqlens, read, each_prefix=self.one_pass and not last)
 
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""

@@ -7,7 +7,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import UserError, run_recbole
-from recbole_ssm.models.base import ITEMS_PER_BLOCK, LOSS_TYPES
+from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK, LOSS_TYPES
 from recbole_ssm.registry import MODELS
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
@@ -92,19 +92,21 @@ def test_predict_agrees_with_full_sort_predict(name):
 
 @every_model
 def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
-    """Encoding in blocks, recomputed in the backward pass, gives the same loss and gradients."""
+    """Encoding in blocks, recomputed in the backward pass or not, gives the same loss and gradients."""
     _, model, (train_data, _, _) = build(name, train_mode="prefix", dropout_prob=0.0)
     model.eval()
     batch = next(iter(train_data))
     results = []
-    for items in (10**9, 7):
+    for items, kept in ((10**9, 10**9), (7, 10**9), (7, 20)):
         monkeypatch.setitem(ITEMS_PER_BLOCK, "cpu", items)
+        monkeypatch.setitem(ITEMS_KEPT, "cpu", kept)
         model.zero_grad()
         loss = total(model.calculate_loss(batch))
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for whole, blocks in zip(*results, strict=True):
+    for whole, blocks, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(whole, blocks, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(recomputed, blocks, rtol=1e-4, atol=1e-6)
 
 
 @every_model

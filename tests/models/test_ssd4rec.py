@@ -1,0 +1,146 @@
+"""SSD4Rec in one pass: one bidirectional layer gives, at each position, what the prefix that ends there would alone."""
+
+import copy
+
+import pytest
+import torch
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths, last_rows, positions
+
+from ..conftest import build, small_config, write_dataset
+
+both_streams = pytest.mark.parametrize("backward_stream", ["final", "aligned"])
+
+
+def one_layer(**settings):
+    """Of a model whose backward stream weighs as much as the forward one, so that its errors show."""
+    plain = {"num_layers": 1, "beta": 1.0, "dropout_prob": 0.0, "mask_ratio": 0.0}
+    _, model, _ = build("SSD4Rec", train_mode="sequence", **{**plain, **settings})
+    return model
+
+
+def random_items(model, lengths):
+    """Packed sequences of random items."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(1, model.n_items, (sum(lengths),), generator=generator)
+    return items, cu_seqlens_from_lengths(torch.tensor(lengths))
+
+
+def encode_rows(model, items, cu_seqlens, stride=1):
+    """The hidden state of each prefix, read from a row of its own; of every ``stride``-th prefix of a sequence."""
+    borders = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+    prefixes = [items[begin : stop + 1] for begin, end in borders for stop in range(begin, end, stride)]
+    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(prefix) for prefix in prefixes]))
+    return model.encode(torch.cat(prefixes), cu_seqlens, read=last_rows(cu_seqlens), last=True)
+
+
+def with_gradients(model, hidden):
+    """Hidden states, and the gradients of a random projection of them."""
+    model.zero_grad()
+    projection = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (hidden * projection.to(hidden.dtype)).sum().backward()
+    return {"hidden": hidden.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def assert_near(actual, expected, tolerance):
+    """Relative to the largest entry of each tensor."""
+    for name, wanted in expected.items():
+        difference = (actual[name].double() - wanted.double()).abs().max() / wanted.abs().max()
+        assert difference < tolerance, f"{name}: {difference}"
+
+
+@both_streams
+@pytest.mark.parametrize(("d_conv", "norm_embedding"), [(4, True), (4, False), (2, True), (2, False), (1, True)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.float64, 1e-12)], ids=str)
+def test_one_pass_equals_a_row_for_each_prefix(backward_stream, d_conv, norm_embedding, dtype, tolerance):
+    model = one_layer(backward_stream=backward_stream, d_conv=d_conv, norm_embedding=norm_embedding).to(dtype)
+    items, cu_seqlens = random_items(model, [*range(26), 1, 1, 3])
+    actual = with_gradients(model, model.encode(items, cu_seqlens))
+    expected = with_gradients(model, encode_rows(model, items, cu_seqlens))
+    # A model of any dtype takes its rates in float32, and so this gradient.
+    rates = {name: values.pop("layers.0.mamba.A_log") for name, values in (("one", actual), ("rows", expected))}
+    assert_near({"A_log": rates["one"]}, {"A_log": rates["rows"]}, max(tolerance, 1e-6))
+    assert_near(actual, expected, tolerance)
+
+
+@both_streams
+def test_long_histories(backward_stream):
+    """Float32 sums over a thousand items, and their gradients, are as exact as over a few."""
+    model = one_layer(backward_stream=backward_stream, MAX_ITEM_LIST_LENGTH=1000)
+    items, cu_seqlens = random_items(model, [1000, 3, 300])
+    read = (positions(cu_seqlens) % 111 == 0).nonzero()[:, 0]
+    exact = copy.deepcopy(model).double()
+    expected = with_gradients(exact, encode_rows(exact, items, cu_seqlens, stride=111))
+    assert_near(with_gradients(exact, exact.encode(items, cu_seqlens, read)), expected, 1e-7)
+    assert_near(with_gradients(model, model.encode(items, cu_seqlens, read)), expected, 3e-5)
+
+
+@both_streams
+def test_other_sequences_change_nothing(backward_stream):
+    """Not even by rounding: running sums begin anew with each sequence."""
+    model = one_layer(backward_stream=backward_stream).eval()
+    items, cu_seqlens = random_items(model, [300, 20, 1])
+    together = model.encode(items, cu_seqlens)
+    items[:300] = items[:300].flip(0)
+    assert torch.equal(model.encode(items, cu_seqlens)[300:], together[300:])
+
+
+@both_streams
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backends_agree(backward_stream, backend):
+    model = one_layer(backward_stream=backward_stream, ssm_backend="reference")
+    items, cu_seqlens = random_items(model, [1, 2, 40, 0, 5])
+    expected = with_gradients(model, model.encode(items, cu_seqlens))
+    model.layers[0].mamba.backend = backend
+    assert_near(with_gradients(model, model.encode(items, cu_seqlens)), expected, 3e-5)
+
+
+@both_streams
+def test_bfloat16_autocast(backward_stream):
+    model = one_layer(backward_stream=backward_stream)
+    items, cu_seqlens = random_items(model, [1, 2, 40, 5])
+    expected = with_gradients(model, model.encode(items, cu_seqlens))
+    with torch.autocast("cpu"):
+        hidden = model.encode(items, cu_seqlens)
+    assert_near(with_gradients(model, hidden), expected, 0.05)
+
+
+def test_prefixes_share_their_windows_mask():
+    model = one_layer(mask_ratio=0.5)
+    seen = []
+    model.item_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    items, cu_seqlens = random_items(model, [30, 20])
+    hidden = model.train().encode(items, cu_seqlens)
+    (masked,) = seen
+    assert 0 < (masked == 0).sum() < len(items)
+    torch.testing.assert_close(hidden, encode_rows(model.eval(), masked, cu_seqlens))
+
+
+def test_sequence_mode_is_for_one_layer_or_one_direction():
+    write_dataset("tiny", ["u\ti\t1"])
+    with pytest.raises(UserError, match="set num_layers: 1, bidirectional: False or train_mode: prefix"):
+        small_config("SSD4Rec", train_mode="sequence")
+    for settings in ({"num_layers": 1}, {"bidirectional": False}, {"train_mode": "prefix"}):
+        small_config("SSD4Rec", **{"train_mode": "sequence", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "one_pass"),
+    [
+        ({"num_layers": 1}, True),
+        ({"num_layers": 2}, False),
+        ({"num_layers": 2, "bidirectional": False}, True),
+        ({"num_layers": 1, "var_len": False}, False),
+    ],
+    ids=str,
+)
+def test_a_model_knows_whether_one_pass_will_do(settings, one_pass):
+    _, model, _ = build("SSD4Rec", **settings)
+    _, _, (histories, _, _) = build("Mamba4Rec")
+    batch = next(iter(histories))
+    if one_pass:
+        assert model.calculate_loss(batch).isfinite()
+    else:
+        with pytest.raises(UserError, match="needs a row for each target: set train_mode: prefix"):
+            model.calculate_loss(batch)
