@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus
-from recbole_ssm.ops import causal_conv, ssd
-from recbole_ssm.ops.packing import row_positions, rows
+from recbole_ssm.ops import causal_conv, ssd, ssd_last
+from recbole_ssm.ops.packing import row_positions, rows, sequence_ids
 from recbole_ssm.ops.step_sizes import step_sizes
 
 
@@ -40,16 +40,22 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
-        """``[T, d_model]`` to ``[T, d_model]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d_model]``."""
-        z, xBC, dt = self._project(x)
-        xBC = self._convolve(xBC, self.conv.weight[:, 0], self.conv.bias, cu_seqlens)
-        x, B, C = self._split(xBC)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See :meth:`recbole_ssm.layers.Mamba.forward`."""
+        z = self._project_gate(rows(x, read))
+        xBC, dt = self._project(x)
+        x, B, C = self._split(self._convolve(xBC, self.conv.weight[:, 0], self.conv.bias, cu_seqlens))
+        if last:
+            x_read, C = rows(x, read), rows(C, read)
+            y = ssd_last(
+                x, dt, self._rates(), B[:, None], C[:, None], self.dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens
+            )
+            return self._gate(y + self.D[:, None] * x_read, z)
         y = ssd(
             x, dt, self._rates(), B[:, None], C[:, None], self.D, self.dt_bias,
             dt_softplus=True, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
-        return self._gate(rows(y, read), rows(z, read))
+        return self._gate(rows(y, read), z)
 
     def read_prefixes_in_reverse(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """The block's last output over each prefix of each sequence, read from its end to its beginning, in one pass.
@@ -68,12 +74,15 @@ class Mamba2(nn.Module):
         """
         position = row_positions(cu_seqlens).long()
         first = torch.arange(len(x), device=x.device) - position
-        z, xBC, dt = self._project(x)
+        starts = cu_seqlens[:-1].long()
+        z = self._project_gate(x.index_select(0, starts[starts < len(x)]))  # without empty sequences at the end
+        xBC, dt = self._project(x)
         weight = self._weights_from_first(dt, position, cu_seqlens)
         seen = self._convolve_prefixes(xBC, cu_seqlens)
         *own, shared = seen.unbind(1)
         reach = position.clamp_max(len(own))
-        x_first, _, C = self._split(seen[first + reach, reach])
+        # By one index, whose backward pass adds up; that of two sorts.
+        x_first, _, C = self._split(seen.flatten(0, 1).index_select(0, (first + reach) * seen.shape[1] + reach))
 
         def weight_before(distance: int) -> Tensor:
             return weight.roll(distance, 0) * (position >= distance)[:, None]
@@ -89,11 +98,17 @@ class Mamba2(nn.Module):
             x, B, _ = self._split(convolved)
             share = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
             y = y + share[..., None] * x
-        return self._gate(rows(y, read).to(xBC.dtype), z[rows(first, read)])
+        sequence = rows(sequence_ids(cu_seqlens), read)
+        return self._gate(rows(y, read).to(xBC.dtype), z.index_select(0, sequence))
+
+    def _project_gate(self, x: Tensor) -> Tensor:
+        """``[R, d_model]`` to the gate ``[R, H P]``."""
+        return F.linear(x, self.in_proj.weight[: self.d_inner])
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[T, d_model]`` to the gate ``[T, H P]``, what is to be convolved and raw step sizes ``[T, H]``."""
-        return self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_state, len(self.D)], dim=-1)
+        """``[T, d_model]`` to what is to be convolved, ``[T, H P + 2 N]``, and raw step sizes ``[T, H]``."""
+        projected = F.linear(x, self.in_proj.weight[self.d_inner :])
+        return projected.split([self.d_inner + 2 * self.d_state, len(self.D)], dim=-1)
 
     def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         return causal_conv(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
@@ -108,7 +123,7 @@ class Mamba2(nn.Module):
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         """``y [..., H, P]`` and its gate to the block's output."""
-        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+        return self.out_proj(self.norm((y.flatten(-2) * F.silu(z)).to(self.norm.weight.dtype)))
 
     def _convolve_prefixes(self, xBC: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Convolutions of reversed prefixes near their ends, ``[T, D]`` to ``[T, K, D]``.

@@ -40,22 +40,25 @@ class BiSSDLayer(nn.Module):
         self.dropout = nn.Dropout(dropout_prob)
         self.feed_forward = FeedForward(size, dropout_prob, dropout_last=True)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, each_prefix: bool = False) -> Tensor:
-        """``[T, d]`` to ``[T, d]``, or to the rows ``read`` (int64 ``[R]``) alone: ``[R, d]``.
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False, each_prefix: bool = False
+    ) -> Tensor:
+        """See :meth:`recbole_ssm.layers.Mamba.forward` for shapes.
 
         With ``each_prefix`` a row gets what the last row of its prefix would get: of what comes after it, nothing.
         """
-        hidden = self.mamba(x, cu_seqlens, read) + rows(x, read)
-        if self.bidirectional:
-            backward = self._backward_of_prefixes if each_prefix else self._backward
-            hidden = hidden + self.beta * backward(x, cu_seqlens, read)
+        hidden = self.mamba(x, cu_seqlens, read, last) + rows(x, read)
+        if self.bidirectional and each_prefix:
+            hidden = hidden + self.beta * self._backward_of_prefixes(x, cu_seqlens, read)
+        elif self.bidirectional:
+            hidden = hidden + self.beta * self._backward(x, cu_seqlens, read, last)
         return self.feed_forward(self.dropout(self.norm(hidden)))
 
-    def _backward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
+    def _backward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None, last: bool) -> Tensor:
         flip = flip_rows(cu_seqlens)
         if self.flip_back:
-            read = rows(flip, read)
-        return self.mamba(x[flip], cu_seqlens, read)
+            read, last = rows(flip, read), False
+        return self.mamba(rows(x, flip), cu_seqlens, read, last)
 
     def _backward_of_prefixes(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
         if not self.flip_back:
@@ -100,7 +103,7 @@ class SSD4Rec(PackedRecommender):
             hidden = self.norm(self.dropout(hidden))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens)
-        return self.layers[-1](hidden, cu_seqlens, read, each_prefix=self.one_pass and not last)
+        return self.layers[-1](hidden, cu_seqlens, read, last, each_prefix=self.one_pass and not last)
 
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""
