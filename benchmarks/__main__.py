@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import ops
+from benchmarks import ops, profile, speed
 
 
 def main() -> None:
@@ -10,6 +10,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure this package on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     ops.add_arguments(commands.add_parser("ops", help="the ops, on every backend and beside others' kernels"))
+    speed.add_arguments(
+        commands.add_parser("speed", help="training, evaluation and data beside RecBole's, and scaling")
+    )
+    profile.add_arguments(commands.add_parser("profile", help="a training step's parts beside their floors"))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

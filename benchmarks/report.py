@@ -14,15 +14,18 @@ def write_section(path: Path, key: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
 
 
+def _versions(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
+
+
 def ops_table(found: dict[str, Any]) -> str:
     """Every case of a result file of ``python -m benchmarks ops``."""
     about = found["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
     commits = " and ".join(dict.fromkeys(case["commit"] for case in found["cases"]))
     lines = [
         f"### Ops on {about['device']}",
         "",
-        f"Commit {commits}, {about['date']}; {versions}. `python -m benchmarks ops`.",
+        f"Commit {commits}, {about['date']}; {_versions(about)}. `python -m benchmarks ops`.",
         "",
         "Each pair is forward alone / forward and backward: milliseconds (median of rounds in which every candidate "
         "runs once), how many times as fast as the reference (median of the rounds' ratios), peak memory above what "
@@ -57,3 +60,41 @@ def _cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 def _pair(forward: float | None, both: float | None) -> str:
     return "" if forward is None or both is None else f"{forward:.3g} / {both:.3g}"
+
+
+def profile_table(found: dict[str, Any], picture: str) -> str:
+    """Every model of a result file of ``python -m benchmarks profile``; ``picture`` is its place beside the page."""
+    about = found["environment"]
+    title = f"Where the time goes on {about['device']}"
+    lines = [f"### {title}", "", f"Commit {about['commit']}, {about['date']}; {_versions(about)}."]
+    lines += ["`python -m benchmarks profile`.", "", f"![{title}]({picture})"]
+    for model in found["models"]:
+        told = ", ".join(f"{key} {value}" for key, value in model["settings"].items() if value and key != "given")
+        lines += ["", f"#### {model['model']} on {model['settings']['dataset']}", ""]
+        lines.append(
+            f"{told}. {model['steps']} of {model['batches']} batches an epoch; {model['ms_per_step']:.4g} ms a step, "
+            f"{model['profiled_ms_per_step']:.4g} ms while profiled. At best "
+            f"{model['operations_per_s'] / 1e9:.0f} GFLOP/s and {model['copy_bytes_per_s'] / 1e9:.0f} GB/s."
+        )
+        host = any("host_ms_per_step" in row for row in model["parts"])
+        heads = ["part", "ms a step", *(["host ms"] * host), "s an epoch", "share", "floor s", "times the floor"]
+        lines += ["", f"| {' | '.join(heads)} | by |", f"| --- |{' ---: |' * (len(heads) - 1)} --- |"]
+        for row in model["parts"]:
+            cells = [row["part"], f"{row['ms_per_step']:.3g}"]
+            cells += [f"{row['host_ms_per_step']:.3g}"] if host and "host_ms_per_step" in row else [""] * host
+            cells += [f"{row['seconds_per_epoch']:.3g}", f"{row['share']:.1%}", *_floor_cells(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+        sums = ["**step**", f"{model['ms_per_step']:.4g}", *([""] * host), f"{model['seconds_per_epoch']:.4g}", "100%"]
+        lines.append(f"| {' | '.join(sums)} | | | |")
+        evaluation = ["evaluation", "", *([""] * host), f"{model['evaluation']['seconds']:.3g}", ""]
+        lines.append(f"| {' | '.join(evaluation + _floor_cells(model['evaluation']))} |")
+    lines += ["", "How it is measured:", "", *(f"- {key}: {text}." for key, text in found["protocol"].items())]
+    lines += ["", "What the floors count:", "", *(f"- {part}: {text}." for part, text in found["floors"].items())]
+    return "\n".join(lines)
+
+
+def _floor_cells(row: dict[str, Any]) -> list[str]:
+    if "floor_seconds" not in row:
+        return ["", "", ""]
+    ratio = row["times_the_floor"]
+    return [f"{row['floor_seconds']:.3g}", "" if ratio is None else f"{ratio:.3g}", row["floor_by"]]

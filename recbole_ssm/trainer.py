@@ -280,7 +280,7 @@ class SequenceTrainer(DurableTraining):
             with self._autocast():
                 losses = loss_func(batch.to(self.device))
             terms = losses if isinstance(losses, tuple) else (losses,)
-            loss = sum(terms)
+            loss = torch.stack(terms).sum()
             if self.device.type == "cpu" or step % STEPS_PER_CHECK == 0:
                 self._check_nan(loss)
             self.scaler.scale(loss).backward()
@@ -289,7 +289,7 @@ class SequenceTrainer(DurableTraining):
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            total = total + torch.stack([term.detach().double() for term in terms])
+            total = total + torch.stack(terms).detach().double()
             if show_progress and self.gpu_available:
                 steps.set_postfix_str(set_color("GPU RAM: " + get_gpu_usage(self.device), "yellow"))
         self._check_nan(total.sum())

@@ -4,6 +4,7 @@ import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
 
 class AtomicFiles(recbole_datasets.Dataset):
     """What goes in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
+
+    inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
 
     def _download(self):
         """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""

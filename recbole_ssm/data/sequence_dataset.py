@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,7 +39,6 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
 
     TARGET_POSITION = "target_position"  # the column of inter_feat that points into sorted_items
 
-    inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
     sorted_items: torch.Tensor
     user_start: torch.Tensor
     longest_row: int

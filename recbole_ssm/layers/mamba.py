@@ -1,6 +1,7 @@
 """Mamba block (arXiv 2312.00752, figure 3 and algorithm 2) over packed sequences."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class Mamba(nn.Module):
         into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
         dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
         dt, A = F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float())
-        settings = {
+        settings: dict[str, Any] = {
             "dt_bias": self.dt_proj.bias, "dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": self.backend,
         }  # fmt: skip
         if last:
