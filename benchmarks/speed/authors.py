@@ -8,7 +8,7 @@ from pathlib import Path
 import recbole.trainer
 import torch
 
-from benchmarks.speed.contenders import RELEASED, Contender, config_of
+from benchmarks.speed.contenders import COMMON, RELEASED, Contender, config_of
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths, flip_rows, pack, sequence_ids
 from recbole_ssm.quick_start import load_data
 
@@ -37,7 +37,7 @@ def released_ssd4rec(arguments: Namespace, folder: Path) -> Contender:
                 interaction[self.POS_ITEM_ID], items * kept, ends, register, flip_rows(cu_seqlens)
             )
 
-    config = config_of(arguments, "SSD4Rec", RELEASED)
+    config = config_of(arguments, "SSD4Rec", {}, {**COMMON, **RELEASED})
     mask_ratio = config["mask_ratio"]
     _, (train_data, valid_data, _) = load_data(config)
     torch.manual_seed(config["seed"])

@@ -111,8 +111,7 @@ def recboles_sasrec(arguments: Namespace, **fixed: Any) -> Contender:
 def contender(arguments: Namespace, model: str, **fixed: Any) -> Contender:
     """A model as ``recbole_ssm.run_recbole`` would build it, trained as it is by default, SASRec in sequence mode."""
     own = {"SASRec": {"train_mode": "sequence"}, "SSD4Rec": RELEASED}.get(model, {})
-    fixed = {**own, **fixed}
-    config = config_of(arguments, model, fixed)
+    config = config_of(arguments, model, fixed, {**COMMON, **own})
     _, (train_data, valid_data, _) = load_data(config)
     built = build_model(config, train_data)
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, built)

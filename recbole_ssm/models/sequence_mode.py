@@ -23,9 +23,13 @@ class SequenceMode:
     Such a model computes its output at every position and keeps the last one. Given a
     :class:`~recbole_ssm.data.batch.SequenceBatch`, all positions that have a target are kept instead, and the model's
     own loss is taken over them: the same as over RecBole's rows, where no history is longer than the maximum length.
-    Histories of similar length are padded together.
+    Histories of similar length are padded together, when scoring, too.
     """
 
+    ITEM_SEQ: str
+    ITEM_SEQ_LEN: str
+    POS_ITEM_ID: str
+    NEG_ITEM_ID: str
     _read: tuple[Tensor, int] | None = None  # places to keep, bool [n, L], and how often
 
     def gather_indexes(self, output, gather_index):
@@ -34,6 +38,19 @@ class SequenceMode:
             return super().gather_indexes(output, gather_index)  # type: ignore[misc]
         places, times = self._read
         return output[places].repeat(times, 1)
+
+    def full_sort_predict(self, interaction):
+        """As RecBole's, ``[B, n_items]``, histories of similar length at a time and no wider than the longest."""
+        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        blocks = length_blocks(lengths, PLACES_PER_BLOCK)
+        scores = []
+        for rows in blocks:
+            columns = {
+                self.ITEM_SEQ: item_seq[rows, : int(lengths[rows].max())],
+                self.ITEM_SEQ_LEN: lengths[rows],
+            }
+            scores.append(super().full_sort_predict(Interaction(columns)))  # type: ignore[misc]
+        return torch.cat(scores)[torch.cat(blocks).argsort()]
 
     def calculate_loss(self, interaction):
         """Loss of one batch, as RecBole's trainer calls it."""
@@ -49,12 +66,12 @@ class SequenceMode:
             places = real & (target[rows] >= 0)
             wanted = target[rows[places]]
             columns = {
-                self.ITEM_SEQ: batch.items[rows] * real,  # type: ignore[attr-defined]
-                self.ITEM_SEQ_LEN: lengths[sequences],  # type: ignore[attr-defined]
-                self.POS_ITEM_ID: batch.targets[wanted].repeat(times),  # type: ignore[attr-defined]
+                self.ITEM_SEQ: batch.items[rows] * real,
+                self.ITEM_SEQ_LEN: lengths[sequences],
+                self.POS_ITEM_ID: batch.targets[wanted].repeat(times),
             }
             if batch.negatives is not None:
-                columns[self.NEG_ITEM_ID] = batch.negatives[wanted].T.flatten()  # type: ignore[attr-defined]
+                columns[self.NEG_ITEM_ID] = batch.negatives[wanted].T.flatten()
             self._read = places, times
             try:
                 loss = super().calculate_loss(Interaction(columns))  # type: ignore[misc]

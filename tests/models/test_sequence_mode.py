@@ -73,7 +73,9 @@ def row_of(model, batch, m, k):
 
 
 @pytest.mark.parametrize("name", CAUSAL_MODELS)
-def test_scores_are_the_models_own(name):
+@pytest.mark.parametrize("places", [1, 100, 10_000])
+def test_scores_are_the_models_own(name, places, monkeypatch):
+    monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
     _, model, (_, valid_data, _) = recbole_model(name, "sequence", **LOSSES["CE"])
     _, plain, (_, rows, _) = recbole_model(name, None, **LOSSES["CE"])
     plain.load_state_dict(model.state_dict())
