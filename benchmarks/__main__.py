@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import ops, profile, speed
+from benchmarks import history, ops, profile, speed
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
         commands.add_parser("speed", help="training, evaluation and data beside RecBole's, and scaling")
     )
     profile.add_arguments(commands.add_parser("profile", help="a training step's parts beside their floors"))
+    history.add_arguments(commands.add_parser("history", help="several commits of this repository, in turns"))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -14,10 +14,9 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "recbole", "mamba-ssm", "causal
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit, for a result file."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    # What a run itself writes does not make the code that it measured another.
+    changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    commit = _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
     return {
         "device": device_name(),
         "cpu": _cpu_name(),
@@ -27,6 +26,11 @@ def environment() -> dict[str, Any]:
         "commit": commit or "no repository",
         "date": date.today().isoformat(),
     }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def device_name() -> str:
