@@ -37,13 +37,16 @@ def main(arguments: argparse.Namespace) -> None:
     probe = json.dumps([str(arguments.data_path.resolve()), arguments.datasets, arguments.models])
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        # Away from this folder, whose modules an older commit's code must not find.
+        script = Path(scratch, "probe.py")
+        script.write_text(Path(__file__).read_text())
         for _ in range(arguments.rounds):
             for commit in arguments.commits:
                 tree = Path(scratch, commit)
                 if not tree.exists():
                     subprocess.run(["git", "worktree", "add", "--detach", tree, commit, "-q"], cwd=ROOT, check=True)
                 done = subprocess.run(
-                    [sys.executable, "-W", "ignore", __file__, probe], cwd=scratch, check=True, text=True,
+                    [sys.executable, "-W", "ignore", script, probe], cwd=scratch, check=True, text=True,
                     stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tree)},
                 )  # fmt: skip
                 for case, values in json.loads(done.stdout.splitlines()[-1]).items():
@@ -71,8 +74,8 @@ def _table(found: dict[str, Any], subjects: dict[str, str], about: dict[str, Any
         f"### What each change gave, on {about['device']}",
         "",
         f"`python -m benchmarks history`, {about['date']}: each commit in a process of its own, {rounds} rounds in "
-        f"turns, the least of the rounds. A step is the trainer's own, median of {REPEATS} times {STEPS}, with the package's "
-        "settings for the set; loading is reading, filtering and splitting; evaluation ranks all validation users.",
+        f"turns, the least of the rounds. A step is the trainer's own, median of {REPEATS} times {STEPS}, with the "
+        "package's settings for the set; loading is reading, filtering and splitting; evaluation ranks all validation users.",
         "",
         "| set and model | commit | ms a step | s to load | s to evaluate |",
         "| --- | --- | ---: | ---: | ---: |",
