@@ -75,7 +75,8 @@ def _table(found: dict[str, Any], subjects: dict[str, str], about: dict[str, Any
         "",
         f"`python -m benchmarks history`, {about['date']}: each commit in a process of its own, {rounds} rounds in "
         f"turns, the least of the rounds. A step is the trainer's own, median of {REPEATS} times {STEPS}, with the "
-        "package's settings for the set; loading is reading, filtering and splitting; evaluation ranks all validation users.",
+        "package's settings for the set; loading is reading, filtering and splitting; evaluation ranks all users of "
+        "the validation set.",
         "",
         "| set and model | commit | ms a step | s to load | s to evaluate |",
         "| --- | --- | ---: | ---: | ---: |",
