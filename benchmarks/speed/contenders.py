@@ -1,10 +1,11 @@
 """The models that are compared, each with its loaders and its trainer, and what is measured of all of them."""
 
+import importlib.util
 import logging
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -128,6 +129,9 @@ def build(arguments: Namespace, **fixed: Any) -> Iterator[Contender]:
     for model in arguments.models or ("SASRec", "STARRec", "Mamba4Rec", *(["SSD4Rec"] * on_cuda(arguments))):
         print(f"building {model}", flush=True)
         yield contender(arguments, model, **fixed)
+        if model == "Mamba4Rec" and on_cuda(arguments) and importlib.util.find_spec("selective_scan_cuda"):
+            others = contender(arguments, model, ssm_backend="mamba_ssm", **fixed)
+            yield replace(others, name="Mamba4Rec, mamba_ssm's kernels")
 
 
 class Steps:
