@@ -49,12 +49,13 @@ class _FullCrossEntropy(torch.autograd.Function):
             block, wanted = rows[begin : begin + size], positives[begin : begin + size, None]
             scores = torch.mm(block, table.T, out=scores_of_block[: len(block)]).to(exact)
             chosen, top = scores.gather(1, wanted), scores.amax(1, keepdim=True)
-            probability = torch.softmax(scores, 1, out=scores)
+            # In its place on a CPU, whose kernel is done with a row before it writes it; a GPU's may not be.
+            probability = torch.softmax(scores, 1, out=scores if scores.is_cpu else None)
             # The largest probability is exp(top) over the sum of all, and never rounds to 0.
             total += (top - probability.amax(1, keepdim=True).log() - chosen).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            slope = probability.scatter_add_(1, wanted, probability.new_full(wanted.shape, -1.0)).to(dtype)
+            slope = probability.scatter_(1, wanted, probability.gather(1, wanted) - 1).to(dtype)
             if into_hidden is not None:
                 into_hidden[begin : begin + size] = slope @ table
             if into_weight is not None:
