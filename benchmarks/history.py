@@ -52,8 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
                 for case, values in json.loads(done.stdout.splitlines()[-1]).items():
                     found.setdefault(case, {}).setdefault(commit, []).append(values)
                     print(f"{commit}, {case}: {values}", flush=True)
-        for commit in arguments.commits:
-            subprocess.run(["git", "worktree", "remove", "--force", Path(scratch, commit)], cwd=ROOT, check=True)
+    subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
     subjects = {commit: _subject(commit) for commit in arguments.commits}
     about = environment()
     output = arguments.output or ROOT / "benchmarks" / "results" / f"history-{slug()}.json"
