@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # The losses without logits, before and after; scans and gates at the rows that are read, and data by array operations.
-COMMITS = ("9d61176", "d3d651a", "3b9d540", "HEAD")
+COMMITS = ("9d61176", "d3d651a", "3b9d540")
 STEPS, REPEATS = 12, 5
 
 
@@ -73,7 +73,7 @@ def _table(found: dict[str, Any], subjects: dict[str, str], about: dict[str, Any
         f"### What each change gave, on {about['device']}",
         "",
         f"`python -m benchmarks history`, {about['date']}: each commit in a process of its own, {rounds} rounds in "
-        f"turns, the least of the rounds. A step is the trainer's own, median of {REPEATS} times {STEPS}, with the "
+        f"turns, the least of them. A step is the trainer's own, median of {REPEATS} times {STEPS}, with the "
         "package's settings for the set; loading is reading, filtering and splitting; evaluation ranks all users of "
         "the validation set.",
         "",
