@@ -1,6 +1,8 @@
 """Time and peak memory of a function, on a GPU or a CPU."""
 
 import ctypes
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,14 +54,22 @@ def peak_bytes(function: Callable[[], object], cuda: bool) -> int | None:
         CLEAR_REFS.write_text("5")
     except OSError:
         return None
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     function()
-    return max(0, _status("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+def resident(field: str) -> int:
+    """This process's resident bytes, now (``VmRSS``) or at their peak (``VmHWM``).
+
+    Linux's own peak is that of this program alone; ``ru_maxrss``, all that other systems have, may begin with the peak
+    of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def copy_rate(device: str) -> float:

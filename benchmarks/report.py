@@ -14,7 +14,8 @@ def write_section(path: Path, key: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
 
 
-def _versions(about: dict[str, Any]) -> str:
+def versions(about: dict[str, Any]) -> str:
+    """Of all packages that are installed, in one line."""
     return ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
 
 
@@ -25,7 +26,7 @@ def ops_table(found: dict[str, Any]) -> str:
     lines = [
         f"### Ops on {about['device']}",
         "",
-        f"Commit {commits}, {about['date']}; {_versions(about)}. `python -m benchmarks ops`.",
+        f"Commit {commits}, {about['date']}; {versions(about)}. `python -m benchmarks ops`.",
         "",
         "Each pair is forward alone / forward and backward: milliseconds (median of rounds in which every candidate "
         "runs once), how many times as fast as the reference (median of the rounds' ratios), peak memory above what "
@@ -66,7 +67,7 @@ def profile_table(found: dict[str, Any], picture: str) -> str:
     """Every model of a result file of ``python -m benchmarks profile``; ``picture`` is its place beside the page."""
     about = found["environment"]
     title = f"Where the time goes on {about['device']}"
-    lines = [f"### {title}", "", f"Commit {about['commit']}, {about['date']}; {_versions(about)}."]
+    lines = [f"### {title}", "", f"Commit {about['commit']}, {about['date']}; {versions(about)}."]
     lines += ["`python -m benchmarks profile`.", "", f"![{title}]({picture})"]
     for model in found["models"]:
         told = ", ".join(f"{key} {value}" for key, value in model["settings"].items() if value and key != "given")

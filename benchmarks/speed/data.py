@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from recbole.data import data_preparation as recbole_data_preparation
 from recbole.data.dataset import SequentialDataset
 
+from benchmarks.measure import resident
 from benchmarks.speed.contenders import Contender, Steps, config_of, hush, recorded, spread
 from recbole_ssm.data import data_preparation
 from recbole_ssm.data.utils import dataset_class
@@ -188,16 +188,3 @@ def child() -> None:
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
     print(json.dumps(found))
-
-
-def resident(field: str) -> int:
-    """This process's resident bytes, now (``VmRSS``) or at their peak (``VmHWM``).
-
-    Linux's own peak is that of this program alone; ``ru_maxrss``, all that other systems have, may begin with the peak
-    of the process that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

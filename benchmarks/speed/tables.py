@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.report import versions
 
 MIB = 2**20
 NANOSECONDS = 1e9
@@ -18,8 +19,7 @@ def speed_tables(found: dict[str, Any], images: dict[str, Path]) -> str:
         images: plots by part, as :func:`draw` returns them; they lie in the folder ``images`` beside the page.
     """
     about = found["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if "not" not in version)
-    lines = [f"### Speed and memory on {about['device']}", "", f"{versions}. `python -m benchmarks speed`."]
+    lines = [f"### Speed and memory on {about['device']}", "", f"{versions(about)}. `python -m benchmarks speed`."]
     for name, part in found["parts"].items():
         title, table = TABLES[name]
         commits = dict.fromkeys(run["commit"] for run in part.get("runs", [part]))

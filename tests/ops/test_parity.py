@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_the_last_row_of_nothing():
     assert y[1].all()
     with pytest.raises(ValueError, match=r"C is \[1, 4\], not \[2, 4\]"):
         ops.selective_scan_last(x, x, -torch.ones(3, 4), B, C[:1], cu_seqlens=cu_seqlens)
+
+
+def test_last_rows_on_a_backend_without_gradients_of_states(monkeypatch):
+    """mamba_ssm's way, on the reference: whole outputs, of which the last rows are taken; empty sequences give 0."""
+    module = sys.modules["recbole_ssm.ops.selective_scan"]
+    case = make("selective_scan", [3, 0, 1, 2, 0], {"D": 5, "N": 3}, states=False)
+    inputs = {name: t for name, t in case.inputs.items() if name not in ("D", "z", "C")}
+    fixed = {"cu_seqlens": case.fixed["cu_seqlens"], "dt_softplus": True}
+    C = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    expected = ops.selective_scan_last(**inputs, C=C, **fixed, backend="reference")
+    run = module._run
+    monkeypatch.setattr(module, "choose", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(module, "_run", lambda chosen, *rest: run("reference", *rest))
+    torch.testing.assert_close(ops.selective_scan_last(**inputs, C=C, **fixed), expected)
 
 
 def test_decay_of_the_last_rows_does_not_leak_between_sequences():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed, single_rows
+from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, sequence_lengths, single_rows
 from recbole_ssm.ops.selective_scan.reference import selective_scan_reference
 from recbole_ssm.ops.step_sizes import step_sizes
 
@@ -158,11 +158,13 @@ def selective_scan_last(
         raise ValueError(f"C is {list(C.shape)}, not {[sequences, B.shape[1]]}")
     chosen = choose("selective_scan", backend, x)
     if chosen == "mamba_ssm":  # whose final state has no gradient
-        last = cu_seqlens[1:].long() - 1
-        rows = B.new_zeros(B.shape).index_put((last,), C.to(B.dtype))
-        return selective_scan(
-            x, dt, A, B, rows, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens, backend=backend
-        ).index_select(0, last)
+        # Each row takes its sequence's C, so that an empty sequence, which has no last row, disturbs no other.
+        full, _ = _run(
+            chosen, x, dt, A, B, C.index_select(0, sequence_ids(cu_seqlens)).to(B.dtype), None, None, dt_bias,
+            dt_softplus, None, cu_seqlens, False,
+        )  # fmt: skip
+        some = sequence_lengths(cu_seqlens) > 0
+        return x.new_zeros(sequences, x.shape[1]).index_put((some,), full[last_rows(cu_seqlens)[some]])
     nothing = B.new_zeros(B.shape) if chosen != "cpu" else B.new_empty(0, B.shape[1])
     _, state = _run(chosen, x, dt, A, B, nothing, None, None, dt_bias, dt_softplus, None, cu_seqlens, True)
     return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed, sequence_ids, single_rows
+from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, single_rows
 from recbole_ssm.ops.ssd.reference import ssd_reference
 from recbole_ssm.ops.step_sizes import step_sizes
 
@@ -151,8 +151,10 @@ def ssd_last(
         step = step_sizes(dt, dt_bias, dt_softplus, compute)
         # One running sum over all sequences, in float64: differences within a sequence lose nothing to those before.
         log_decay = (step.double() * A.double()).cumsum(0)
-        sequence, last = sequence_ids(cu_seqlens), cu_seqlens[1:].long() - 1
-        left = (log_decay.index_select(0, last.index_select(0, sequence)) - log_decay).exp().to(compute)
+        sequence = sequence_ids(cu_seqlens)
+        left = (
+            (log_decay.index_select(0, last_rows(cu_seqlens).index_select(0, sequence)) - log_decay).exp().to(compute)
+        )
         affinity = (B.to(compute) * C.to(compute).index_select(0, sequence)).sum(-1)  # [T, G]
         weight = step * left * affinity.repeat_interleave(x.shape[1] // B.shape[1], 1)
         y = x.new_zeros(len(C), *x.shape[1:], dtype=compute)
