@@ -18,6 +18,7 @@ from recbole_ssm.models.base import LOSS_TYPES
 from recbole_ssm.models.sequence_mode import CAUSAL_MODELS
 from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.registry import MODELS, list_models
+from recbole_ssm.trainer import LR_SCHEDULERS
 
 TRAIN_MODES = ("sequence", "prefix")
 TIME_ORDERS = ("exact", "float32")
@@ -60,15 +61,27 @@ def properties_dir() -> Path:
     raise FileNotFoundError(f"no property files beside {package}: install recbole-ssm again")
 
 
+def tuned_file(model: str, dataset: str) -> Path:
+    """Where the settings that tuning found for a model on a set stand; there may be none."""
+    return properties_dir() / "tuned" / f"{dataset}-{model}.yaml"
+
+
+def tuned_settings(model: str, dataset: str) -> dict[str, Any]:
+    """The content of :func:`tuned_file`, empty where there is none."""
+    file = tuned_file(model, dataset)
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 class Config(recbole.config.Config):
     """:class:`recbole.config.Config` that also reads this package's ``properties/``.
 
     Precedence is RecBole's: overall < model < dataset < config files < dict < command line. Of a sequential model,
-    ours or RecBole's, the dataset properties found here are used, the columns to load default to user, item and time,
-    and ``train_neg_sample_args`` defaults to what ``loss_type`` needs. For our own models a key that nothing reads is
-    refused.
+    ours or RecBole's, the dataset properties found here are used, above them what tuning found for the two together
+    (unless ``tuned`` is False), the columns to load default to user, item and time, and ``train_neg_sample_args``
+    defaults to what ``loss_type`` needs. For our own models a key that nothing reads is refused.
 
     Attributes:
+        property_files: this package's files that it read.
         given: every setting before RecBole derives others from them, plain values only; building a ``Config`` from it
             gives the same configuration again.
 
@@ -152,14 +165,19 @@ class Config(recbole.config.Config):
             files += [root / "overall.yaml", root / "model" / f"{model}.yaml"]
         if model_class.type == ModelType.SEQUENTIAL:
             files += [root / "dataset" / f"{dataset}.yaml"]
+            if self._wants_tuned():
+                files.append(tuned_file(model, dataset))
         load_col = self.internal_config_dict["load_col"]
-        for file in files:
-            if file.is_file():
-                self._update_internal_config_dict(file)
+        self.property_files = [file for file in files if file.is_file()]
+        for file in self.property_files:
+            self._update_internal_config_dict(file)
         if set(load_col or {}) - {"inter"}:  # RecBole knows that this model needs more than interactions
             self.internal_config_dict["load_col"] = load_col
         if model in MODELS:
             self._refuse_unknown_keys()
+
+    def _wants_tuned(self) -> bool:
+        return self.external_config_dict.get("tuned", True)
 
     def _refuse_unknown_keys(self):
         known = set(self.internal_config_dict) | UNLISTED
@@ -177,6 +195,9 @@ class Config(recbole.config.Config):
             if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
                 fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
                 final["load_col"] = {"inter": [final[field] for field in fields]}
+            # RecBole would complete it for a random split, which no sequential model can be evaluated by.
+            if isinstance(final["eval_args"], dict):
+                final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
             if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
@@ -194,12 +215,16 @@ class Config(recbole.config.Config):
                 f"valid_metric {final['valid_metric']} is not among the metrics {final['metrics']} at {final['topk']}: "
                 "set --valid_metric to one that is."
             )
-        choices: dict[str, tuple[str, ...]] = {"train_mode": TRAIN_MODES, "time_order": TIME_ORDERS}
+        choices: dict[str, tuple[str, ...]] = {
+            "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS
+        }  # fmt: skip
         if self.model in MODELS:
             choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS}
         for key, values in choices.items():
             if key in final and final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if not 0 <= (final.get("warmup_ratio") or 0) < 1:
+            raise UserError(f"warmup_ratio is {final['warmup_ratio']}: choose a number from 0 to below 1.")
         if self.model not in MODELS:
             if final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
                 raise UserError(
@@ -218,6 +243,13 @@ class Config(recbole.config.Config):
             )
         if not 0 <= final["gbce_t"] <= 1:
             raise UserError(f"gbce_t is {final['gbce_t']}: choose a number from 0 to 1.")
+        if not 0 <= final["label_smoothing"] < 1 or (final["label_smoothing"] and final["loss_type"] != "CE"):
+            raise UserError(
+                f"label_smoothing is {final['label_smoothing']} with loss_type {final['loss_type']}: choose a number "
+                "from 0 to below 1, and 0 for other losses than CE."
+            )
+        if final["temperature"] is not None and final["temperature"] <= 0:
+            raise UserError(f"temperature is {final['temperature']}: choose a positive number, or ~ for none.")
         if final["train_mode"] == "sequence" and final.get("bidirectional") and final["num_layers"] > 1:
             raise UserError(
                 f"{self.model} with several layers that read both ways cannot learn from every position at once: "
@@ -226,6 +258,9 @@ class Config(recbole.config.Config):
 
 
 class _RebuiltConfig(Config):
+    def _wants_tuned(self):
+        return False  # what a file says now may not be what the run was started with
+
     def _load_variable_config_dict(self, config_dict):
         return config_dict
 

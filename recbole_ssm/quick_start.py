@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -41,18 +42,21 @@ class Run:
             ``test_result``.
         checkpoint: the file that holds the best model, or none where it was not saved.
         timings: see :meth:`recbole_ssm.trainer.Timings.summary`.
+        best_epoch: index of the best epoch.
     """
 
     config: Config
     result: dict[str, Any]
     checkpoint: str | None
     timings: dict[str, float | None]
+    best_epoch: int | None = None
 
     def write(self, file: str | Path) -> None:
         """Write results, configuration, versions and timings to a JSON file."""
         report = {
             "best_valid_result": self.result["best_valid_result"],
             "test_result": self.result["test_result"],
+            "best_epoch": self.best_epoch,
             "checkpoint": self.checkpoint,
             "config": self.config.given,
             "versions": versions(),
@@ -109,8 +113,17 @@ def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=Non
     return run.result
 
 
-def train_and_test(config: Config, saved: bool = True, resume_file: str | None = None) -> Run:
-    """Train and test by a configuration, from the start or from a checkpoint."""
+def train_and_test(
+    config: Config, saved: bool = True, resume_file: str | None = None, callback_fn: Callable | None = None
+) -> Run:
+    """Train and test by a configuration, from the start or from a checkpoint.
+
+    Args:
+        config: the configuration.
+        saved: see :func:`run_recbole`.
+        resume_file: checkpoint of an interrupted run with this configuration.
+        callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
+    """
     logger = start_logging(config)
     dataset, loaders = load_data(config)
     train_data, valid_data, test_data = loaders
@@ -125,7 +138,7 @@ def train_and_test(config: Config, saved: bool = True, resume_file: str | None =
     if resume_file is not None:
         trainer.resume_checkpoint(resume_file)
     best_valid_score, best_valid_result = trainer.fit(
-        train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+        train_data, valid_data, saved=saved, show_progress=config["show_progress"], callback_fn=callback_fn
     )
     test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
 
@@ -141,12 +154,12 @@ def train_and_test(config: Config, saved: bool = True, resume_file: str | None =
     if not config["single_spec"]:
         torch.distributed.destroy_process_group()
     timings = trainer.timings.summary() if hasattr(trainer, "timings") else {}
-    return Run(config, result, checkpoint, timings)
+    return Run(config, result, checkpoint, timings, getattr(trainer, "best_epoch", None))
 
 
 def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
     """Evaluate a checkpoint's best model on its validation and test sets, with ``settings`` above its own."""
-    config, model, _, train_data, valid_data, test_data = _load(checkpoint, settings)
+    config, model, _, train_data, valid_data, test_data = load_data_and_model(checkpoint, settings)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     trainer.eval_collector.data_collect(train_data)
     valid_result, test_result = (
@@ -163,11 +176,12 @@ def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
     return Run(config, result, checkpoint, trainer.timings.summary())
 
 
-def load_data_and_model(model_file):
+def load_data_and_model(model_file, settings=None):
     """Load the data and the best model of a checkpoint, as :func:`recbole.quick_start.load_data_and_model`.
 
     Args:
         model_file (str): checkpoint file.
+        settings (dict): settings above those that it was trained with.
 
     Returns:
         tuple: config, model, dataset, train_data, valid_data, test_data.
@@ -175,10 +189,6 @@ def load_data_and_model(model_file):
     Raises:
         UserError: for a file that is no checkpoint, or data that no longer fit it.
     """
-    return _load(model_file)
-
-
-def _load(model_file: str, settings: dict[str, Any] | None = None):
     config = config_of(model_file, settings)
     start_logging(config)
     dataset, (train_data, valid_data, test_data) = load_data(config)
@@ -202,6 +212,7 @@ def start_logging(config: Config) -> logging.Logger:
     logger = logging.getLogger()
     logger.info(sys.argv)
     logger.info(config)
+    logger.info("Property files: " + ", ".join(f"{file.parent.name}/{file.name}" for file in config.property_files))
     return logger
 
 

@@ -1,9 +1,10 @@
 """RecBole's trainers, made to survive (safe checkpoints, exact resume, clear ends) and to be quick on a GPU."""
 
+import math
 import os
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
@@ -24,6 +25,27 @@ from recbole_ssm.models.base import PackedRecommender
 STEPS_PER_CHECK = 32
 
 FUSED_OPTIMIZERS = (optim.Adam, optim.AdamW, optim.SGD)
+
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+
+
+def learning_rate_factor(scheduler: str, warmup_ratio: float, progress: float) -> float:
+    """What ``learning_rate`` is multiplied by.
+
+    It rises linearly from 0 to 1 over the first ``warmup_ratio`` of a run; then ``constant`` keeps it, ``linear`` and
+    ``cosine`` let it fall to 0 at the run's end.
+
+    Args:
+        scheduler: one of :data:`LR_SCHEDULERS`.
+        warmup_ratio: from 0 to 1, exclusively.
+        progress: share of the run that is done, from 0 to 1.
+    """
+    if progress < warmup_ratio:
+        return progress / warmup_ratio
+    rest = (progress - warmup_ratio) / (1 - warmup_ratio)
+    if scheduler == "linear":
+        return 1 - rest
+    return (1 + math.cos(math.pi * rest)) / 2 if scheduler == "cosine" else 1.0
 
 
 @dataclass
@@ -119,6 +141,11 @@ class DurableTraining(Trainer):
         self.timings.train_targets.append(getattr(train_data, "num_targets", None) or len(train_data._dataset))
         return loss
 
+    @property
+    def best_epoch(self) -> int | None:
+        """Index of the epoch whose model is kept."""
+        return None if self._best is None else self._best["epoch"]
+
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
         """The steps of an epoch, by the loop of RecBole's trainer; returns its sum of losses."""
         return super()._train_epoch(train_data, epoch_idx, loss_func=loss_func, show_progress=show_progress)
@@ -174,6 +201,7 @@ class DurableTraining(Trainer):
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": random_state(),
+            "timings": asdict(self.timings),
             **self._more_state(),
         }
         if isinstance(getattr(self._train_data, "generator", None), torch.Generator):
@@ -224,6 +252,7 @@ class DurableTraining(Trainer):
                 f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "
                 "cannot take over: leave --learner out."
             )
+        self.timings = Timings(**resume.get("timings", {}))
         self.optimizer.load_state_dict(resume["optimizer"])
         for group in self.optimizer.param_groups:  # the state brings its own, whatever the settings say now
             group.update(lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -242,7 +271,8 @@ class SequenceTrainer(DurableTraining):
     RecBole's steps, but for what costs it speed or exactness on a GPU. ``enable_amp`` takes bfloat16 wherever the
     device has it, in evaluation too (float16, whose range is small, only elsewhere, and then always scaled). One
     gradient scaler serves the whole run and its resumption; gradients are clipped by their true size. The loss is
-    not waited for at each step, and the optimizer's step is one fused kernel.
+    not waited for at each step, and the optimizer's step is one fused kernel. ``learning_rate`` follows
+    ``lr_scheduler_type`` and ``warmup_ratio`` (:func:`learning_rate_factor`) over ``epochs``.
     """
 
     def __init__(self, config, model):
@@ -251,6 +281,7 @@ class SequenceTrainer(DurableTraining):
         self.amp_dtype = torch.float16 if half else torch.bfloat16
         scaled = self.enable_scaler or (self.enable_amp and half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.lr_schedule = config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0
 
     def _build_optimizer(self, **kwargs):
         optimizer = super()._build_optimizer(**kwargs)
@@ -276,6 +307,10 @@ class SequenceTrainer(DurableTraining):
         steps = tqdm(train_data, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
         total: Any = 0.0
         for step, batch in enumerate(steps):
+            # A function of what is done alone, so that a resumed run goes on exactly.
+            progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * learning_rate_factor(*self.lr_schedule, progress)
             self.optimizer.zero_grad()
             with self._autocast():
                 losses = loss_func(batch.to(self.device))

@@ -58,7 +58,8 @@ def config_of(
     arguments: Namespace, model: str, fixed: dict[str, Any], defaults: dict[str, Any] = COMMON
 ) -> Config:  # fmt: skip
     """A configuration with ``defaults``, above them the user's ``--settings``, above these what is ``fixed``."""
-    quiet = {**QUIET, "data_path": arguments.data_path}
+    # Untuned, so that figures of today and of before are of the same settings.
+    quiet = {**QUIET, "data_path": arguments.data_path, "tuned": False}
     return Config(model, arguments.dataset, config_dict={**quiet, **defaults, **arguments.settings, **fixed})
 
 

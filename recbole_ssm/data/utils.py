@@ -11,6 +11,7 @@ from recbole.data.utils import data_preparation as recbole_data_preparation
 from recbole.utils import ModelType, dataset_arguments, set_color
 
 from recbole_ssm.data.atomic_files import hardened
+from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
 from recbole_ssm.errors import UserError
@@ -72,7 +73,16 @@ def data_preparation(config, dataset):
     """
     _bound_scores(config, dataset)
     if config["train_mode"] != "sequence":
-        return recbole_data_preparation(config, dataset)
+        train_data, *eval_data = recbole_data_preparation(config, dataset)
+    else:
+        train_data, *eval_data = _whole_histories(config, dataset)
+    if config["exclude_history"]:
+        _check_exclusion(config, dataset)
+        eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
+    return train_data, *eval_data
+
+
+def _whole_histories(config, dataset):
     _check_sequence_mode(config, dataset)
     parts = dataset.build()
     samplers = create_samplers(config, dataset, parts)
@@ -98,6 +108,16 @@ def _bound_scores(config, dataset) -> None:
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and "full" in config["eval_args"]["mode"].values():
         most = max(1, SCORES_AT_A_TIME[config["device"].type == "cuda"] // dataset.item_num)
         config["eval_batch_size"] = min(config["eval_batch_size"], most)
+
+
+def _check_exclusion(config, dataset) -> None:
+    if set(config["eval_args"]["mode"].values()) != {"full"}:
+        raise UserError("exclude_history ranks all items that are new to a user: leave the mode of eval_args at full.")
+    if not isinstance(dataset, SequenceDataset):
+        raise UserError(
+            f"exclude_history needs whole histories, which {config['model']} does not load as it is set: "
+            "leave it out, or set train_mode: sequence where the model has it."
+        )
 
 
 def _check_sequence_mode(config, dataset) -> None:

@@ -33,7 +33,7 @@ class _FullCrossEntropy(torch.autograd.Function):
     """The gradients are taken in the forward pass, while a block's scores are at hand: they are made once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positives, dtype):
+    def forward(ctx, hidden, weight, positives, dtype, smoothing):
         count, width = hidden.shape
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(dtype, torch.float32)
@@ -49,13 +49,16 @@ class _FullCrossEntropy(torch.autograd.Function):
             block, wanted = rows[begin : begin + size], positives[begin : begin + size, None]
             scores = torch.mm(block, table.T, out=scores_of_block[: len(block)]).to(exact)
             chosen, top = scores.gather(1, wanted), scores.amax(1, keepdim=True)
+            if smoothing:
+                chosen = (1 - smoothing) * chosen + smoothing * scores.mean(1, keepdim=True)
             # In its place on a CPU, whose kernel is done with a row before it writes it; a GPU's may not be.
             probability = torch.softmax(scores, 1, out=scores if scores.is_cpu else None)
             # The largest probability is exp(top) over the sum of all, and never rounds to 0.
             total += (top - probability.amax(1, keepdim=True).log() - chosen).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            slope = probability.scatter_(1, wanted, probability.gather(1, wanted) - 1).to(dtype)
+            slope = probability.scatter_(1, wanted, probability.gather(1, wanted) - (1 - smoothing))
+            slope = (slope.sub_(smoothing / len(table)) if smoothing else slope).to(dtype)
             if into_hidden is not None:
                 into_hidden[begin : begin + size] = slope @ table
             if into_weight is not None:
@@ -74,7 +77,7 @@ class _FullCrossEntropy(torch.autograd.Function):
             t if t is None else t.mul_(grad).to(dtype) for t, dtype in zip(ctx.into, ctx.dtypes, strict=True)
         ]  # fmt: skip
         ctx.into = None
-        return *into, None, None
+        return *into, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -85,8 +88,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, positives)`` without the scores of all rows at once.
+def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """``F.cross_entropy(hidden @ weight.T, positives, label_smoothing=...)`` without the scores of all rows at once.
 
     The product is taken in autocast's dtype where that is on, everything else in at least float32.
 
@@ -94,6 +97,7 @@ def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor) -> Ten
         hidden: ``[M, d]``.
         weight: embeddings of all items, ``[n, d]``.
         positives: int64 ``[M]``.
+        label_smoothing: share of the target that is spread evenly over all items (arXiv 1512.00567, section 7).
 
     Returns:
         The mean over rows, a scalar; NaN where there are none, as torch's.
@@ -103,7 +107,7 @@ def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor) -> Ten
     """
     dtype = _product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _FullCrossEntropy.apply(hidden, weight, positives, dtype)
+        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing)
 
 
 class _ItemScores(torch.autograd.Function):

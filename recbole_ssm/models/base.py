@@ -1,6 +1,7 @@
 """What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
 
 import torch
+import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class PackedRecommender(SequentialRecommender):
                 "make the configuration with recbole_ssm.Config instead of recbole.config.Config."
             )
         self.loss_type, self.gbce_t = config["loss_type"], config["gbce_t"]
+        self.label_smoothing, self.temperature = config["label_smoothing"], config["temperature"]
         self.n_negatives = config["train_neg_sample_args"]["sample_num"]
         self.hidden_size = config["hidden_size"]
 
@@ -75,13 +77,13 @@ class PackedRecommender(SequentialRecommender):
         return self.ranking_loss(self.read_out(hidden), positives, negatives)
 
     def ranking_loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor:
-        """Mean over targets of the loss that ``loss_type`` names, with scores ``r = hidden . item_embedding``.
+        """Mean over targets of the loss that ``loss_type`` names, with scores ``r`` as of :meth:`score_factors`.
 
         ``CE``: ``-log softmax(r)[positive]`` over all items; the others are those of :mod:`recbole_ssm.layers.losses`.
         """
-        table = self.item_embedding.weight
+        hidden, table = self.score_factors(hidden, self.item_embedding.weight)
         if self.loss_type == "CE":
-            return full_cross_entropy(hidden, table, positives)
+            return full_cross_entropy(hidden, table, positives, self.label_smoothing)
         if negatives is None:
             raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
         scores = item_scores(hidden, table, torch.cat([positives[:, None], negatives], 1))
@@ -94,6 +96,15 @@ class PackedRecommender(SequentialRecommender):
         if self.loss_type == "gBCE":
             return gbce(positive, negative, others, self.gbce_t)
         return sampled_softmax(positive, negative, others)
+
+    def score_factors(self, hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """What scores are inner products of: hidden states ``[M, d]`` and item embeddings ``[n, d]`` as they are.
+
+        With a ``temperature`` both have length 1, and the score is their cosine over the temperature.
+        """
+        if self.temperature is None:
+            return hidden, items
+        return F.normalize(hidden, dim=-1) / self.temperature, F.normalize(items, dim=-1)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``."""
@@ -122,13 +133,15 @@ class PackedRecommender(SequentialRecommender):
         hidden = self._represent(interaction)
         with torch.autocast(hidden.device.type, enabled=False):
             item = self.item_embedding(interaction[self.ITEM_ID])
-            return (hidden.to(item.dtype) * item).sum(-1)
+            hidden, item = self.score_factors(hidden.to(item.dtype), item)
+            return (hidden * item).sum(-1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding."""
         hidden, table = self._represent(interaction), self.item_embedding.weight
         with torch.autocast(hidden.device.type, enabled=False):  # rounded to bfloat16, scores would tie
-            return hidden.to(table.dtype) @ table.T
+            hidden, table = self.score_factors(hidden.to(table.dtype), table)
+            return hidden @ table.T
 
     def _represent(self, interaction: Interaction) -> Tensor:
         return self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])

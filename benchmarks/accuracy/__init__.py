@@ -1,0 +1,70 @@
+"""``python -m benchmarks accuracy``: all models on all sets, tuned alike, several seeds, and what the numbers say."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
+from benchmarks.accuracy.study import Study, write_tuned
+from recbole_ssm.config import tuned_file
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    plan = Study.read().plan
+    parser.add_argument("--models", nargs="+", default=plan["models"], help="RecBole's, too")
+    parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
+    parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"], help="a run each")
+    parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the pages from the results")
+    add_run_arguments(parser)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md", help="page; .html beside it")
+    parser.set_defaults(run=main)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that makes runs."""
+    parser.add_argument("--data_path", default="dataset", help="folder that holds the datasets, but for ml-100k")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--work", type=Path, default=Path("saved/accuracy"), help="folder of logs and checkpoints")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Tune where that is asked for, make the runs that are missing, and write the pages."""
+    del sys.argv[1:]  # RecBole reads settings from there, and these options are none
+    study = Study.read()
+    if not arguments.report:
+        if arguments.tune:
+            _tune(arguments, study)
+        specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
+        run_specs(arguments, specs, Store(arguments.results / "accuracy.jsonl"))
+    from benchmarks.accuracy.report import write_pages
+
+    write_pages(arguments.results, arguments.page)
+
+
+def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, rank: bool = True) -> None:
+    """Make the runs that ``store`` lacks, with the command's own options."""
+    data_path = str(Path(arguments.data_path).resolve())
+    run_all(specs, store, arguments.work.resolve(), data_path, arguments.jobs, rank)
+
+
+def _tune(arguments: argparse.Namespace, study: Study) -> None:
+    store = Store(arguments.results / "tuning.jsonl")
+
+    def run(specs: list[Spec]) -> list[dict]:
+        run_specs(arguments, specs, store, rank=False)
+        rows = store.of(specs)
+        if len(rows) < len(specs):
+            raise SystemExit("tuning needs all of its trials: see the logs above, then start the same command again")
+        return rows
+
+    for dataset in arguments.datasets:
+        for model in arguments.models:
+            settings, trials = study.tune(model, dataset, run)
+            file = tuned_file(model, dataset)
+            write_tuned(file, {**study.base(model, dataset), **settings}, trials)
+            print(f"{model} on {dataset}: {settings}, written to {file}", flush=True)

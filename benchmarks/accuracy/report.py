@@ -1,0 +1,247 @@
+"""The study's page: its tables, tests and pictures, from the result files alone."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import plots
+from benchmarks.accuracy.runs import Store
+from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks, spread
+from benchmarks.accuracy.study import Study
+from benchmarks.accuracy.worker import FULL, TOPK, UNSEEN
+from benchmarks.pages import Page
+from benchmarks.report import versions
+
+BASELINES = ("SASRec", "Mamba4Rec")
+K = 10
+
+Rows = list[dict[str, Any]]
+
+
+class Results:
+    """The rows of the study's grid, by set and model; seeds in their order.
+
+    Args:
+        store: all runs.
+        study: what belongs to the grid.
+    """
+
+    def __init__(self, store: Store, study: Study):
+        self.store = store
+        plan = study.plan
+        self.rows: dict[str, dict[str, Rows]] = {}
+        for dataset in plan["datasets"]:
+            for model in plan["models"]:
+                rows = store.of(study.grid([model], [dataset], plan["seeds"]))
+                if rows:
+                    self.rows.setdefault(dataset, {})[model] = rows
+
+    def all_rows(self) -> Rows:
+        """Every row."""
+        return [row for models in self.rows.values() for rows in models.values() for row in rows]
+
+    def per_user(self, rows: Rows, protocol: str) -> np.ndarray:
+        """NDCG@10 of each user, the mean over seeds, ``[N]``."""
+        return np.mean([self.store.read_ranks(row["id"], protocol).ndcg(K) for row in rows], axis=0)
+
+
+def write_pages(results: Path, file: Path) -> None:
+    """Write the page and its pictures from the result files in a folder."""
+    study, file = Study.read(), file.resolve()
+    found = Results(Store(results / "accuracy.jsonl"), study)
+    page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec and GRU4Rec")
+    _protocol(page, found, study)
+    for dataset in found.rows:
+        _dataset(page, found, dataset, file)
+    _critical_differences(page, found, file)
+    _tuning(page, study, Store(results / "tuning.jsonl"))
+    _commands(page, found)
+    page.write(file)
+    print(f"written: {file} and {file.with_suffix('.html')}")
+
+
+def _protocol(page: Page, found: Results, study: Study) -> None:
+    page.text(
+        "Written by `python -m benchmarks accuracy`; every number is from a run of `run_recbole` whose row stands in "
+        "`benchmarks/results/accuracy.jsonl` with its settings, versions, commit and hardware."
+    )
+    sets = ", ".join(found.rows) or "none yet"
+    about = [row["environment"] for row in found.all_rows()]
+    hardware = _distinct(f"{a['device']}" for a in about)
+    page.bullets([
+        "**Split**: leave-one-out: a user's last item is the test target, the one before it the validation target.",
+        f"**Candidates**: all items. In columns '{FULL}' the history's items are among them, as RecBole evaluates; in "
+        f"'{UNSEEN}' they are not, as SASRec's and gSASRec's own code evaluate. The two must not be mixed.",
+        "**Order**: by the exact timestamp (`time_order: exact`), ties in file order. The copies of ml-1m, "
+        "amazon-beauty and amazon-video-games used here hold the place in that order instead of a clock, so RecBole's "
+        "float32 order is the same there; ml-100k has a clock.",
+        "**Choice**: the best epoch by NDCG@10 on the validation set, all items; tuning by the same. The test set is "
+        "read once a run.",
+        f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
+        "every position of a history at once, cosine learning rate. SASRec and GRU4Rec are RecBole's classes.",
+        "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold. p: paired "
+        "t-test over users of NDCG@10 averaged over seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
+        f"**Sets so far**: {sets}. **Hardware**: {hardware}. **Versions**: {_distinct(versions(a) for a in about)}. "
+        f"**Commits**: {_distinct(a['commit'] for a in about)}.",
+    ])  # fmt: skip
+
+
+def _dataset(page: Page, found: Results, dataset: str, file: Path) -> None:
+    models = found.rows[dataset]
+    config = next(iter(models.values()))[0]["config"]
+    page.heading(dataset)
+    page.text(
+        f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, at most {config['epochs']} epochs, "
+        f"5-core, seeds {_distinct(str(row['seed']) for rows in models.values() for row in rows)}."
+    )
+    heads = ["model", "seeds", *(f"{metric}@{K}, {protocol}" for protocol in (FULL, UNSEEN) for metric in METRICS)]
+    heads += ["epochs to best", "minutes to best", "parameters"]
+    cells = {(metric, protocol): _column(models, metric, protocol) for protocol in (FULL, UNSEEN) for metric in METRICS}
+    rows = []
+    for model, runs in models.items():
+        row = [_title(model, runs), str(len(runs))]
+        row += [cells[metric, protocol][model] for protocol in (FULL, UNSEEN) for metric in METRICS]
+        row.append(f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}")
+        row.append(f"{np.mean([run['seconds_to_best'] for run in runs]) / 60:.1f}")
+        row.append(f"{runs[0]['parameters'] / 1e3:,.0f}k")
+        rows.append(row)
+    page.table(heads, rows)
+    _pairs(page, found, dataset)
+    _other_cutoffs(page, models)
+    means = {
+        f"{model}, {protocol}": spread([run["test"][protocol][f"ndcg@{K}"] for run in runs])
+        for protocol in (FULL, UNSEEN)
+        for model, runs in models.items()
+    }
+    picture = file.parent / "images" / f"study-{dataset}.svg"
+    plots.dots(picture, f"{dataset}: test NDCG@{K}, mean and standard deviation over seeds", means, f"NDCG@{K}")
+    page.figure(picture, file, f"{dataset}: NDCG@{K} of all models")
+
+
+METRICS = ("ndcg", "recall", "mrr")
+
+
+def _column(models: dict[str, Rows], metric: str, protocol: str, k: int = K) -> dict[str, str]:
+    """Each model's mean and deviation, the best mean in bold."""
+    values = {m: spread([row["test"][protocol][f"{metric}@{k}"] for row in rows]) for m, rows in models.items()}
+    best = max(mean for mean, _ in values.values())
+    return {model: _value(*value, bold=value[0] == best) for model, value in values.items()}
+
+
+def _value(mean: float, deviation: float | None, bold: bool = False) -> str:
+    number = f"{mean:.4f}"[1:] if 0 <= mean < 1 else f"{mean:.4f}"
+    number = f"**{number}**" if bold else number
+    return number if deviation is None else f"{number} ± {f'{deviation:.4f}'[1:]}"
+
+
+def _pairs(page: Page, found: Results, dataset: str) -> None:
+    models = found.rows[dataset]
+    baselines = [model for model in BASELINES if model in models]
+    others = {model: [b for b in baselines if b != model] for model in models}
+    tests = sum(len(against) for against in others.values())
+    if not tests:
+        return
+    heads = ["model"] + [f"NDCG@{K} over {b}, {protocol}" for b in baselines for protocol in (FULL, UNSEEN)]
+    rows = []
+    for model in models:
+        row = [model]
+        for baseline in baselines:
+            for protocol in (FULL, UNSEEN):
+                if model == baseline:
+                    row.append("")
+                    continue
+                own, other = (found.per_user(models[name], protocol) for name in (model, baseline))
+                result = compare(own, other, tests)
+                row.append(f"{result.change:+.1%} (p {_p(result.p)})")
+        rows.append(row)
+    page.table(heads, rows)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}"[1:] if value < 1 else "1"
+
+
+def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
+    others = [k for k in TOPK if k != K]
+    heads = ["model", *(f"{metric}@{k}, {p}" for p in (FULL, UNSEEN) for k in others for metric in ("ndcg", "recall"))]
+    cells = [_column(models, metric, p, k) for p in (FULL, UNSEEN) for k in others for metric in ("ndcg", "recall")]
+    page.table(heads, [[model, *(column[model] for column in cells)] for model in models])
+
+
+def _critical_differences(page: Page, found: Results, file: Path) -> None:
+    sets = {d: models for d, models in found.rows.items()}
+    common = [m for m in Study.read().plan["models"] if all(m in models for models in sets.values())]
+    if len(common) < 2 or len(sets) < 2:
+        return
+    scores = np.array([
+        [np.mean([row["test"][FULL][f"ndcg@{K}"] for row in models[model]]) for model in common]
+        for models in sets.values()
+    ])  # fmt: skip
+    ranks = dict(zip(common, mean_ranks(scores), strict=True))
+    difference = critical_difference(len(common), len(sets))
+    page.heading("Over all sets")
+    page.text(
+        f"Mean rank by NDCG@{K}, {FULL}, over {len(sets)} sets. By Nemenyi's test (Demsar, JMLR 7, 2006) two models "
+        f"differ at 5% where their mean ranks are {difference:.2f} apart. With so few sets only large gaps can show; "
+        "the paired tests above look at users instead."
+    )
+    picture = file.parent / "images" / "study-ranks.svg"
+    plots.critical_differences(picture, f"Mean rank over {len(sets)} sets, 1 is best", ranks, difference)
+    page.figure(picture, file, "Mean ranks and the critical difference")
+
+
+def _tuning(page: Page, study: Study, store: Store) -> None:
+    rows = list(store.rows.values())
+    if not rows:
+        return
+    page.heading("Tuning")
+    page.text(
+        "The same budget and space for every model of a set: one trial a value, stage by stage, each stage with what "
+        "the one before found; the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` "
+        "reads by itself. Trials never see the test set."
+    )
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        stages = "; then ".join(
+            f"{key} of {', '.join(map(str, values))}"
+            for stage in study.plan["stages"][dataset]
+            for key, values in stage.items()
+        )
+        epochs, models = study.plan["trial_epochs"][dataset], [r for r in rows if r["dataset"] == dataset]
+        page.text(f"**{dataset}**, {epochs} epochs a trial: {stages}.")
+        keys = list(dict.fromkeys(key for row in models for key in _chosen(row)))
+        page.table(
+            ["model", *keys, "valid NDCG@10"],
+            [[r["model"], *(str(_chosen(r).get(k, "")) for k in keys), f"{r['best_valid_score']:.4f}"] for r in models],
+        )
+
+
+def _chosen(row: dict[str, Any]) -> dict[str, Any]:
+    """What sets a trial apart from its model's other trials."""
+    named = {"dropout_prob": "dropout", "hidden_dropout_prob": "dropout"}
+    picked = ("learning_rate", "dropout_prob", "hidden_dropout_prob")
+    return {named.get(key, key): row["settings"][key] for key in picked if key in row["settings"]}
+
+
+def _commands(page: Page, found: Results) -> None:
+    page.heading("Repeat any row")
+    page.text(
+        "With `--data_path` where the set is not RecBole's own. On a CPU the same commit gives the same result to 3 "
+        "places; `--exclude_history=True` with `--mode evaluate --checkpoint FILE` gives the second protocol."
+    )
+    heads = ["run", f"test NDCG@{K}, {FULL}", UNSEEN, "commit"]
+    rows = [
+        [f"`{r['command']}`", *(f"{r['test'][p][f'ndcg@{K}']:.4f}" for p in (FULL, UNSEEN)), r["environment"]["commit"]]
+        for r in found.all_rows()
+    ]
+    page.table(heads, rows)
+
+
+def _title(model: str, runs: Rows) -> str:
+    layers = runs[0]["config"].get("num_layers") or runs[0]["config"].get("n_layers")
+    return f"{model}, {layers} layer{'s' * (layers != 1)}"
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))

@@ -1,0 +1,102 @@
+"""What is compared and how each model is tuned: ``study.yaml`` as runs, and winners as property files."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.accuracy.runs import Spec
+
+FILE = Path(__file__).with_name("study.yaml")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of ``study.yaml``.
+
+    Attributes:
+        plan: the file as it stands.
+    """
+
+    plan: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path = FILE) -> "Study":
+        """Read a file of the form of ``study.yaml``."""
+        return cls(yaml.safe_load(file.read_text()))
+
+    def grid(self, models: Iterable[str], datasets: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
+        """A run a seed of each model on each set, sets first; settings are those of the property files."""
+        models, seeds = list(models), list(seeds)
+        return [Spec(model, dataset, seed) for dataset in datasets for seed in seeds for model in models]
+
+    def base(self, model: str, dataset: str) -> dict[str, Any]:
+        """Settings of all runs of a model on a set, those apart that tuning finds."""
+        return {**self.plan["common"], **self.plan["own"].get(model, {}), "epochs": self.plan["epochs"][dataset]}
+
+    def tune(
+        self, model: str, dataset: str, run: Callable[[list[Spec]], list[dict[str, Any]]]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Find a model's settings for a set, stage by stage.
+
+        Args:
+            model: model name.
+            dataset: dataset name.
+            run: makes trials and returns their rows.
+
+        Returns:
+            What was found, and the rows of all trials.
+        """
+        stages = self.plan["stages"][dataset]
+        found = {key: values[0] for stage in stages for key, values in stage.items()}
+        trials: dict[str, dict[str, Any]] = {}
+        for stage in stages:
+            for key, values in stage.items():
+                tried = {value: self._trial(model, dataset, {**found, key: value}) for value in values}
+                rows = {row["id"]: row for row in run(list(tried.values()))}
+                trials |= rows
+                score = {value: rows[spec.identity()]["best_valid_score"] for value, spec in tried.items()}
+                found[key] = max(score, key=lambda value: score[value])
+        return self._named(model, found), list(trials.values())
+
+    def _trial(self, model: str, dataset: str, choices: dict[str, Any]) -> Spec:
+        settings = {**self.base(model, dataset), "epochs": self.plan["trial_epochs"][dataset]}
+        # tuned: False keeps a winner that was written before from what its own trials start with.
+        return Spec(
+            model, dataset, self.plan["trial_seed"], {"tuned": False, **settings, **self._named(model, choices)}
+        )
+
+    def _named(self, model: str, choices: dict[str, Any]) -> dict[str, Any]:
+        """``choices`` under the names that the model's settings have."""
+        names = self.plan["dropout"]
+        named: dict[str, Any] = {}
+        for key, value in choices.items():
+            own = names.get(model, names["default"]) if key == "dropout" else [key]
+            named |= dict.fromkeys(own, value)
+        return named
+
+    def trials(self, model: str, dataset: str) -> int:
+        """How many trials tuning makes, equal for all models of a set."""
+        sizes = [len(values) for stage in self.plan["stages"][dataset] for values in stage.values()]
+        return sum(sizes) - (len(sizes) - 1)  # a stage begins with the winner of the one before
+
+
+def write_tuned(file: Path, settings: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    """Write what tuning found as a property file that ``run_recbole`` picks up by itself."""
+    best = max(trials, key=lambda row: row["best_valid_score"])
+    epochs = best["config"]["epochs"]
+    lines = [
+        f"# {best['model']} on {best['dataset']}: the best of {len(trials)} trials by valid NDCG@10 "
+        f"({best['best_valid_score']:.4f} after {epochs} epochs).",
+        "# Found by python -m benchmarks accuracy --tune; the space is in benchmarks/accuracy/study.yaml.",
+        *_yaml_lines(settings),
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+def _yaml_lines(settings: dict[str, Any]) -> Iterator[str]:
+    for key, value in settings.items():
+        yield f"{key}: {'~' if value is None else value}"

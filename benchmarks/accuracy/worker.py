@@ -1,0 +1,122 @@
+"""One run of the study, in a process of its own: ``python -m benchmarks.accuracy.worker FOLDER``."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy.runs import QUIET, Spec
+from benchmarks.environment import environment
+from benchmarks.speed.contenders import hush
+from recbole_ssm.analysis import Ranks, rank_targets
+from recbole_ssm.config import Config
+from recbole_ssm.quick_start import Run, load_data_and_model, train_and_test
+from recbole_ssm.trainer import get_trainer
+
+TOPK = (5, 10, 20, 50)
+
+# How the best epoch's model is evaluated; the best epoch itself is always chosen by the first, on the validation set.
+FULL, UNSEEN = "all items", "history excluded"
+PROTOCOLS: dict[str, dict[str, Any]] = {FULL: {"exclude_history": False}, UNSEEN: {"exclude_history": True}}
+
+
+def main(folder: Path) -> None:
+    """Make the run that ``task.json`` describes; leave ``row.json``, and ``ranks.npz`` where it asks for ranks."""
+    task = json.loads((folder / "task.json").read_text())
+    del sys.argv[1:]  # RecBole reads settings from there
+    os.chdir(folder)
+    hush()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    spec = Spec(**task["spec"])
+    config = spec.config(task["data_path"], checkpoint_dir=str(folder))
+    checkpoints = sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime)
+    run = train_and_test(
+        config, resume_file=str(checkpoints[-1]) if checkpoints else None, callback_fn=_progress(spec, config)
+    )
+    found, parameters = _evaluations(run, task["rank"])
+    row = {
+        "id": task["id"],
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "seed": spec.seed,
+        "settings": spec.settings,
+        "command": spec.command(),
+        "valid": {name: ranks.metrics(TOPK) for name, ranks in found["valid"].items()},
+        "test": {name: ranks.metrics(TOPK) for name, ranks in found["test"].items()},
+        "recbole_test_result": run.result["test_result"] if task["rank"] else None,
+        **_training(run),
+        "parameters": parameters,
+        "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
+        "environment": environment(),
+    }
+    if found["test"]:
+        _write_ranks(folder / "ranks.npz", found["test"])
+    (folder / "row.json").write_text(json.dumps(row))
+    print(f"{spec}: {_summary(row)}", flush=True)
+
+
+def _progress(spec: Spec, config: Config):
+    begin = time.perf_counter()
+    first: int | None = None
+
+    def tell(epoch: int, valid_score: float) -> None:
+        nonlocal first
+        first = epoch if first is None else first
+        spent = (time.perf_counter() - begin) / 60
+        left = spent / (epoch - first + 1) * (config["epochs"] - epoch - 1)
+        print(
+            f"{spec}: epoch {epoch + 1} of {config['epochs']}, valid {config['valid_metric']} {valid_score:.4f}, "
+            f"{spent:.1f} min, at most {left:.0f} more",
+            flush=True,
+        )
+
+    return tell
+
+
+def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]], int]:
+    """Ranks under each protocol on both sets, and how many parameters the model has."""
+    found: dict[str, dict[str, Ranks]] = {"valid": {}, "test": {}}
+    for name, settings in PROTOCOLS.items():
+        config, model, _, _, valid_data, test_data = load_data_and_model(run.checkpoint, {**settings, **QUIET})
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        found["valid"][name] = rank_targets(trainer, valid_data)
+        if rank_test:
+            found["test"][name] = rank_targets(trainer, test_data)
+    return found, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """How long it took, and to what."""
+    best = run.best_epoch or 0
+    spent = run.timings
+    epoch_s, eval_s = spent["train_seconds_per_epoch"] or 0.0, spent["eval_seconds"] or 0.0
+    return {
+        "best_valid_score": run.result["best_valid_score"],
+        "epochs_to_best": best + 1,
+        "seconds_to_best": (best + 1) * (epoch_s + eval_s),
+        **spent,
+    }
+
+
+def _write_ranks(file: Path, found: dict[str, Ranks]) -> None:
+    """Ranks as far as the largest k, 0 beyond it; users and their lengths are the same whatever the candidates."""
+    some = next(iter(found.values()))
+    held: dict[str, Any] = {"users": some.users.astype(np.int32), "lengths": some.lengths.astype(np.int32)}
+    for name, part in found.items():
+        held[name] = np.where(part.ranks <= max(TOPK), part.ranks, 0).astype(np.uint8)
+    np.savez_compressed(file, **held)
+
+
+def _summary(row: dict[str, Any]) -> str:
+    part = "test" if row["test"] else "valid"
+    scores = ", ".join(f"{name} {found['ndcg@10']:.4f}" for name, found in row[part].items())
+    return f"{part} NDCG@10 {scores}; best epoch {row['epochs_to_best']}, {row['seconds_to_best'] / 60:.1f} min"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

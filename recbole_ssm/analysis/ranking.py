@@ -1,0 +1,77 @@
+"""Where each user's held-out item ranks, from which every top-k metric of leave-one-out follows."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from recbole_ssm.data.sequence_dataset import SequenceDataset
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of one target a row of an evaluation set, rows by user.
+
+    Attributes:
+        users: RecBole's internal user ids, int64 ``[N]``, ascending.
+        lengths: items of the history before the target, all of them, int64 ``[N]``.
+        ranks: how many candidates score higher than the target, plus 1, int64 ``[N]``.
+    """
+
+    users: np.ndarray
+    lengths: np.ndarray
+    ranks: np.ndarray
+
+    def ndcg(self, k: int) -> np.ndarray:
+        """NDCG@k of each row, ``[N]``; with one target ``1 / log2(rank + 1)``."""
+        return np.where(self.ranks <= k, 1 / np.log2(self.ranks + 1.0), 0.0)
+
+    def metrics(self, topk: Iterable[int], rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
+        """Recall, MRR and NDCG at each of ``topk`` over ``rows``, named as RecBole names them.
+
+        With one target a row they are RecBole's own, and Hit@k is Recall@k.
+        """
+        found = {}
+        for k in topk:
+            hit = self.ranks[rows] <= k
+            found[f"recall@{k}"] = float(hit.mean())
+            found[f"mrr@{k}"] = float(np.where(hit, 1 / self.ranks[rows], 0.0).mean())
+            found[f"ndcg@{k}"] = float(self.ndcg(k)[rows].mean())
+        return found
+
+    def by_length(self, borders: Iterable[int]) -> dict[str, np.ndarray]:
+        """Rows whose history is from one border (inclusive) to the next, by the bucket's name; empty ones left out."""
+        edges = [*borders, int(self.lengths.max()) + 1]
+        buckets = {}
+        for begin, end in pairwise(edges):
+            rows = np.flatnonzero((self.lengths >= begin) & (self.lengths < end))
+            if len(rows):
+                buckets[f"{begin} and more" if end == edges[-1] else f"{begin} to {end - 1}"] = rows
+        return buckets
+
+
+@torch.no_grad()
+def rank_targets(trainer, eval_data) -> Ranks:
+    """Rank every row's target among all items, or among the unseen ones where ``exclude_history`` is set.
+
+    Args:
+        trainer: trainer of the model, from :func:`recbole_ssm.trainer.get_trainer`.
+        eval_data: validation or test loader of a leave-one-out split, in full ranking.
+    """
+    trainer.model.eval()
+    trainer.tot_item_num = eval_data._dataset.item_num
+    dataset: SequenceDataset = eval_data._dataset
+    users, lengths, ranks = [], [], []
+    for batch in eval_data:
+        with trainer._precision_of_evaluation():
+            rows, scores, _, targets = trainer._full_sort_batch_eval(batch)
+        own = scores.gather(1, targets[:, None].to(scores.device))
+        ranks.append((1 + (scores > own).sum(1)).cpu())
+        users.append(rows[dataset.uid_field].cpu())
+        place = rows[SequenceDataset.TARGET_POSITION].cpu()
+        lengths.append(place - dataset.user_start[place])
+    user, length, rank = (torch.cat(part).numpy() for part in (users, lengths, ranks))
+    order = user.argsort(kind="stable")
+    return Ranks(user[order], length[order], rank[order])
