@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, history, ops, profile, speed
+from benchmarks import accuracy, experiments, history, ops, profile, speed
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     profile.add_arguments(commands.add_parser("profile", help="a training step's parts beside their floors"))
     history.add_arguments(commands.add_parser("history", help="several commits of this repository, in turns"))
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
+    experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

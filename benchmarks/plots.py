@@ -72,6 +72,7 @@ def lines(
     logx: bool = True,
     logy: bool = True,
     dashed: Sequence[str] = (),
+    xnames: dict[float, str] | None = None,
 ) -> None:
     """Draw a line a series, with every ``x`` marked on its axis.
 
@@ -84,6 +85,7 @@ def lines(
         logx: whether ``x`` has a logarithmic scale.
         logy: whether ``y`` has one.
         dashed: names of the series that others are compared with.
+        xnames: what stands at a place on the axis instead of its number.
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -97,9 +99,10 @@ def lines(
     if logy:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))
+    places = sorted({x for points in series.values() for x, _ in points})
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xticks(places, None if xnames is None else [xnames[place] for place in places])
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color=FAINT, linewidth=0.6)

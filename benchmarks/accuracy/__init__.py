@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.tune:
             _tune(arguments, study)
         specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
-        run_specs(arguments, specs, Store(arguments.results / "accuracy.jsonl"))
+        run_specs(arguments, specs, Store(arguments.results / "runs.jsonl"))
     from benchmarks.accuracy.report import write_pages
 
     write_pages(arguments.results, arguments.page)

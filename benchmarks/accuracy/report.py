@@ -50,7 +50,7 @@ class Results:
 def write_pages(results: Path, file: Path) -> None:
     """Write the page and its pictures from the result files in a folder."""
     study, file = Study.read(), file.resolve()
-    found = Results(Store(results / "accuracy.jsonl"), study)
+    found = Results(Store(results / "runs.jsonl"), study)
     page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec and GRU4Rec")
     _protocol(page, found, study)
     for dataset in found.rows:
@@ -65,7 +65,7 @@ def write_pages(results: Path, file: Path) -> None:
 def _protocol(page: Page, found: Results, study: Study) -> None:
     page.text(
         "Written by `python -m benchmarks accuracy`; every number is from a run of `run_recbole` whose row stands in "
-        "`benchmarks/results/accuracy.jsonl` with its settings, versions, commit and hardware."
+        "`benchmarks/results/runs.jsonl` with its settings, versions, commit and hardware."
     )
     sets = ", ".join(found.rows) or "none yet"
     about = [row["environment"] for row in found.all_rows()]
@@ -127,10 +127,11 @@ def _column(models: dict[str, Rows], metric: str, protocol: str, k: int = K) -> 
     """Each model's mean and deviation, the best mean in bold."""
     values = {m: spread([row["test"][protocol][f"{metric}@{k}"] for row in rows]) for m, rows in models.items()}
     best = max(mean for mean, _ in values.values())
-    return {model: _value(*value, bold=value[0] == best) for model, value in values.items()}
+    return {model: score_cell(*score, bold=score[0] == best) for model, score in values.items()}
 
 
-def _value(mean: float, deviation: float | None, bold: bool = False) -> str:
+def score_cell(mean: float, deviation: float | None, bold: bool = False) -> str:
+    """A metric's mean and deviation, as a table shows them."""
     number = f"{mean:.4f}"[1:] if 0 <= mean < 1 else f"{mean:.4f}"
     number = f"**{number}**" if bold else number
     return number if deviation is None else f"{number} ± {f'{deviation:.4f}'[1:]}"

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.accuracy.parts import summary_of_parts
 from benchmarks.accuracy.runs import QUIET, Spec
 from benchmarks.environment import environment
 from benchmarks.speed.contenders import hush
 from recbole_ssm.analysis import Ranks, rank_targets
 from recbole_ssm.config import Config
+from recbole_ssm.models.starrec import STARRec
 from recbole_ssm.quick_start import Run, load_data_and_model, train_and_test
 from recbole_ssm.trainer import get_trainer
 
@@ -38,7 +40,7 @@ def main(folder: Path) -> None:
     run = train_and_test(
         config, resume_file=str(checkpoints[-1]) if checkpoints else None, callback_fn=_progress(spec, config)
     )
-    found, parameters = _evaluations(run, task["rank"])
+    found, about = _evaluations(run, task["rank"])
     row = {
         "id": task["id"],
         "model": spec.model,
@@ -50,7 +52,7 @@ def main(folder: Path) -> None:
         "test": {name: ranks.metrics(TOPK) for name, ranks in found["test"].items()},
         "recbole_test_result": run.result["test_result"] if task["rank"] else None,
         **_training(run),
-        "parameters": parameters,
+        **about,
         "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
         "environment": environment(),
     }
@@ -78,8 +80,8 @@ def _progress(spec: Spec, config: Config):
     return tell
 
 
-def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]], int]:
-    """Ranks under each protocol on both sets, and how many parameters the model has."""
+def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]], dict[str, Any]]:
+    """Ranks under each protocol on both sets, and what is worth knowing of the model."""
     found: dict[str, dict[str, Ranks]] = {"valid": {}, "test": {}}
     for name, settings in PROTOCOLS.items():
         config, model, _, _, valid_data, test_data = load_data_and_model(run.checkpoint, {**settings, **QUIET})
@@ -87,7 +89,10 @@ def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]]
         found["valid"][name] = rank_targets(trainer, valid_data)
         if rank_test:
             found["test"][name] = rank_targets(trainer, test_data)
-    return found, sum(parameter.numel() for parameter in model.parameters())
+    about: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if rank_test and isinstance(model, STARRec):
+        about["parts"] = summary_of_parts(model, test_data, Path(config["data_path"]))
+    return found, about
 
 
 def _training(run: Run) -> dict[str, Any]:

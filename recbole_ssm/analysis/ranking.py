@@ -1,8 +1,8 @@
 """Where each user's held-out item ranks, from which every top-k metric of leave-one-out follows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -41,15 +41,20 @@ class Ranks:
             found[f"ndcg@{k}"] = float(self.ndcg(k)[rows].mean())
         return found
 
-    def by_length(self, borders: Iterable[int]) -> dict[str, np.ndarray]:
-        """Rows whose history is from one border (inclusive) to the next, by the bucket's name; empty ones left out."""
-        edges = [*borders, int(self.lengths.max()) + 1]
-        buckets = {}
-        for begin, end in pairwise(edges):
-            rows = np.flatnonzero((self.lengths >= begin) & (self.lengths < end))
-            if len(rows):
-                buckets[f"{begin} and more" if end == edges[-1] else f"{begin} to {end - 1}"] = rows
-        return buckets
+
+def length_buckets(lengths: np.ndarray, borders: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows whose history is from one border (inclusive) to the next, by the bucket's name; empty ones left out.
+
+    Args:
+        lengths: items of each row's history, ``[N]``.
+        borders: ascending; the last bucket has no end.
+    """
+    buckets = {}
+    for begin, end in zip_longest(borders, borders[1:]):
+        rows = np.flatnonzero((lengths >= begin) & (lengths < (end or np.inf)))
+        if len(rows):
+            buckets[f"{begin} to {end - 1}" if end else f"{begin} and more"] = rows
+    return buckets
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from recbole_ssm.ops.packing import positions
 class DualPathLayer(nn.Module):
     """``gamma_1 PMA(x) + gamma_2 SSM(x)`` (eq. 3); either path can be left out.
 
-    ``gamma`` is a softmax over two learned logits, which keeps the two weights comparable.
+    ``gamma`` is a softmax over two learned logits, which keeps the two weights comparable. With
+    ``input_dependent_fusion`` the logits are a linear map of both paths' outputs, so each position has its own.
     """
 
     def __init__(self, config, stacked: bool):
@@ -35,13 +36,17 @@ class DualPathLayer(nn.Module):
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
                 config["ssm_backend"],
             )  # fmt: skip
-        if self.use_pma and self.use_ssm:
+        self.fusion_gate = None
+        if self.use_pma and self.use_ssm and config["input_dependent_fusion"]:
+            self.fusion_gate = nn.Linear(2 * size, 2)
+        elif self.use_pma and self.use_ssm:
             self.fusion_logits = nn.Parameter(torch.zeros(2))
 
-    @property
-    def fusion_weights(self) -> Tensor:
-        """gamma_1 (attention) and gamma_2 (state space), ``[2]``, summing to 1."""
-        return self.fusion_logits.softmax(0)
+    def fusion_weights(self, attended: Tensor, scanned: Tensor) -> Tensor:
+        """gamma_1 (attention) and gamma_2 (state space) for outputs ``[R, d]`` of the paths, ``[R, 2]``."""
+        if self.fusion_gate is None:
+            return self.fusion_logits.softmax(0).expand(len(attended), 2)
+        return self.fusion_gate(torch.cat([attended, scanned], -1)).softmax(-1)
 
     def forward(
         self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
@@ -51,9 +56,10 @@ class DualPathLayer(nn.Module):
             return self.attention(x, item_embedding, cu_seqlens, read, last)
         if not self.use_pma:
             return self.ssm(x, cu_seqlens, read, last)
-        gamma = self.fusion_weights
         attended = self.attention(x, item_embedding, cu_seqlens, read, last)
-        return gamma[0] * attended + gamma[1] * self.ssm(x, cu_seqlens, read, last)
+        scanned = self.ssm(x, cu_seqlens, read, last)
+        gamma = self.fusion_weights(attended, scanned)
+        return gamma[:, :1] * attended + gamma[:, 1:] * scanned
 
 
 class STARRec(PackedRecommender):

@@ -1,0 +1,36 @@
+"""``python -m benchmarks experiments``: the papers' own experiments, each with its table and its figure."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.accuracy import add_run_arguments, run_specs
+from benchmarks.accuracy.runs import ROOT, Store
+from benchmarks.experiments.plan import EXPERIMENTS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; all by default")
+    parser.add_argument("--datasets", nargs="+", default=["ml-100k", "amazon-beauty"], help="names")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2020], help="a run of each variant for each")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the pages from the results")
+    add_run_arguments(parser)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "experiments.md", help="page; .html beside it")
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Make the runs that are missing, and write the pages from all that there are."""
+    del sys.argv[1:]  # RecBole reads settings from there, and these options are none
+    unknown = set(arguments.names) - set(EXPERIMENTS)
+    if unknown:
+        raise SystemExit(f"no experiment {', '.join(sorted(unknown))}: choose of {', '.join(EXPERIMENTS)}")
+    from benchmarks.experiments.report import write_pages
+
+    if not arguments.report:
+        named = [EXPERIMENTS[name] for name in arguments.names or EXPERIMENTS]
+        wanted = (e.specs(dataset, arguments.seeds) for dataset in arguments.datasets for e in named)
+        specs = [spec for variants in wanted for seeds in variants.values() for spec in seeds]
+        run_specs(arguments, specs, Store(arguments.results / "runs.jsonl"))
+    write_pages(arguments.results, arguments.page)

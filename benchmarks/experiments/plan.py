@@ -1,0 +1,120 @@
+"""The papers' experiments as runs: what each varies, on which models and sets."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.accuracy.runs import Spec
+
+Settings = dict[str, Any]
+
+# Where a run as tuned takes too long for dozens of them: the same for all variants.
+SHORTER: dict[str, Settings] = {"ml-1m": {"epochs": 6}}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants of some models, each a setting or two away from what tuning found.
+
+    Attributes:
+        title: what is asked.
+        source: where the paper asks it.
+        models: models that are varied alike.
+        variants: settings by the variant's name, in the order of the table; ``{}`` is the model as tuned.
+        xlabel: what the variants are numbers of, where they are; a line is drawn then, else bars.
+    """
+
+    title: str
+    source: str
+    models: tuple[str, ...]
+    variants: dict[str, Settings]
+    xlabel: str | None = None
+
+    def specs(self, dataset: str, seeds: Iterable[int]) -> dict[tuple[str, str], list[Spec]]:
+        """Runs on a set by model and variant, one a seed."""
+        shared = SHORTER.get(dataset, {})
+        return {
+            (model, name): [Spec(model, dataset, seed, {**shared, **settings}) for seed in seeds]
+            for name, settings in self.variants.items()
+            for model in self.models
+        }
+
+
+def _values(key: str, values: Iterable[Any]) -> dict[str, Settings]:
+    return {str(value): {key: value} for value in values}
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "max_length": Experiment(
+        "How much of a history does a model need?",
+        "STAR-Rec, table 3; SSD4Rec, figure 5",
+        ("STARRec", "Mamba4Rec", "SASRec"),
+        {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
+        "maximum length",
+    ),
+    "layers": Experiment(
+        "Is one dual-path layer enough?",
+        "STAR-Rec, table 4",
+        ("STARRec",),
+        {"1": {}, **_values("num_layers", (2, 3, 4))},
+        "layers",
+    ),
+    "ablations": Experiment(
+        "What does each part of STAR-Rec give?",
+        "STAR-Rec, ablations of section 4",
+        ("STARRec",),
+        {
+            "STAR-Rec": {},
+            "w/o SSM": {"use_ssm": False},
+            "w/o PMA": {"use_pma": False},
+            "w/o similarity": {"use_similarity": False},
+            "w/o MoE": {"use_moe": False},
+            "w/o position embedding": {"use_position_embedding": False},
+        },
+    ),
+    "experts": Experiment(
+        "Are all experts used, and is it the diversity term that keeps them so?",
+        "STAR-Rec, section 3.1.5",
+        ("STARRec",),
+        {
+            "diversity and balance": {},
+            "w/o diversity": {"diversity_weight": 0.0},
+            "w/o balance": {"balance_weight": 0.0},
+            "w/o both": {"diversity_weight": 0.0, "balance_weight": 0.0},
+        },
+    ),
+    "fusion": Experiment(
+        "Does attention weigh more for short histories, and state space for long ones?",
+        "STAR-Rec, eq. 3",
+        ("STARRec",),
+        {"learned": {}, "input-dependent": {"input_dependent_fusion": True}},
+    ),
+    "window": Experiment(
+        "How far back must attention look?",
+        "STAR-Rec, open question",
+        ("STARRec",),
+        {**_values("attention_window", (5, 10, 20, 50)), "all": {}},
+        "attention window",
+    ),
+    "beta": Experiment(
+        "What does reading backwards give?",
+        "SSD4Rec, figure 3",
+        ("SSD4Rec",),
+        _values("beta", (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
+        "weight of the backward stream, beta",
+    ),
+    "mask_ratio": Experiment(
+        "How much of the input should be masked in training?",
+        "SSD4Rec, figure 4",
+        ("SSD4Rec",),
+        _values("mask_ratio", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+        "share of masked items, rho",
+    ),
+    "ssd_max_length": Experiment(
+        "How much of a history does SSD4Rec need?",
+        "SSD4Rec, figure 5",
+        ("SSD4Rec",),
+        {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
+        "maximum length",
+    ),
+}

@@ -1,0 +1,203 @@
+"""The page of the papers' experiments, from the result files alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks import plots
+from benchmarks.accuracy.report import Results, score_cell
+from benchmarks.accuracy.runs import Store
+from benchmarks.accuracy.statistics import spread
+from benchmarks.accuracy.study import Study
+from benchmarks.accuracy.worker import FULL, UNSEEN
+from benchmarks.experiments.plan import EXPERIMENTS, Experiment
+from benchmarks.pages import Page
+from recbole_ssm.analysis.ranking import length_buckets
+
+K = 10
+LENGTHS = (1, 5, 10, 20, 50, 100, 200)
+
+# The runs of an experiment on one set: by model and variant, a row of the result file a seed.
+Rows = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def write_pages(results: Path, file: Path) -> None:
+    """Write the page and its pictures from the result files in a folder."""
+    store, study, file = Store(results / "runs.jsonl"), Study.read(), file.resolve()
+    page = Page("The papers' experiments")
+    page.text(
+        "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch are those of "
+        "[the study](study.md); settings are those that tuning found, but for what an experiment varies (and 6 epochs "
+        f"on ml-1m). Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of "
+        "some percent are noise."
+    )
+    for name, experiment in EXPERIMENTS.items():
+        found = {dataset: _rows(store, experiment, dataset, study) for dataset in study.plan["datasets"]}
+        found = {dataset: rows for dataset, rows in found.items() if len(rows) > len(experiment.models)}
+        if not found:
+            continue
+        page.heading(experiment.title)
+        page.text(f"{experiment.source}. `python -m benchmarks experiments {name} --datasets {' '.join(found)}`.")
+        for dataset, rows in found.items():
+            _table(page, experiment, dataset, rows)
+            _picture(page, file, name, experiment, dataset, rows)
+        if name in PARTS:
+            PARTS[name](page, file, found)
+    _by_length_of_the_user(page, file, Results(store, study))
+    page.write(file)
+    print(f"written: {file} and {file.with_suffix('.html')}")
+
+
+def _rows(store: Store, experiment: Experiment, dataset: str, study: Study) -> Rows:
+    specs = experiment.specs(dataset, study.plan["seeds"])
+    found = {key: store.of(seeds) for key, seeds in specs.items()}
+    return {key: rows for key, rows in found.items() if rows}
+
+
+def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | None]:
+    return spread([row["test"][protocol][f"ndcg@{K}"] for row in rows])
+
+
+def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None:
+    models = [model for model in experiment.models if any(model == own for own, _ in rows)]
+    heads = [dataset, *(f"{model}, {protocol}" for protocol in (FULL, UNSEEN) for model in models), "seeds"]
+    lines = []
+    for variant in experiment.variants:
+        cells = []
+        for protocol in (FULL, UNSEEN):
+            for model in models:
+                best = max(_ndcg(own, protocol)[0] for (name, _), own in rows.items() if name == model)
+                own = rows.get((model, variant))
+                cells.append(score_cell(*_ndcg(own, protocol), bold=_ndcg(own, protocol)[0] == best) if own else "")
+        counts = {len(rows[model, variant]) for model in models if (model, variant) in rows}
+        if counts:
+            lines.append([variant, *cells, " to ".join(map(str, sorted(counts)))])
+    page.table(heads, lines)
+
+
+def _picture(page: Page, file: Path, name: str, experiment: Experiment, dataset: str, rows: Rows) -> None:
+    picture = file.parent / "images" / f"experiment-{name}-{dataset}.svg"
+    title = f"{dataset}: {experiment.title}"
+    if experiment.xlabel is None:
+        plots.dots(picture, title, {variant: _ndcg(own, FULL) for (_, variant), own in rows.items()}, f"NDCG@{K}")
+    else:
+        numbers = [_number(variant) for variant in experiment.variants]
+        known = [number for number in numbers if number is not None]
+        step = {v: known[-1] * 2 if n is None else n for v, n in zip(experiment.variants, numbers, strict=True)}
+        series: dict[str, list[tuple[float, float]]] = {}
+        for (model, variant), own in rows.items():
+            series.setdefault(model, []).append((step[variant], _ndcg(own, FULL)[0]))
+        names = {place: variant for variant, place in step.items()}
+        plots.lines(picture, title, series, experiment.xlabel, f"NDCG@{K}", logx=False, logy=False, xnames=names)
+    page.figure(picture, file, title)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _fusion(page: Page, file: Path, found: dict[str, Rows]) -> None:
+    """Fusion weights by the length that a model was trained at, or by that of each user's history."""
+    for dataset, rows in found.items():
+        lines, series = [], {}
+        for (_, variant), own in rows.items():
+            weights = [row["parts"]["fusion"] for row in own if "fusion" in row.get("parts", {})]
+            for length in weights[0] if weights else []:
+                attention = mean(weight[length][0] for weight in weights)
+                lines.append([f"{dataset}, {variant}", length, f"{attention:.3f}", f"{1 - attention:.3f}"])
+                series[f"{variant}, {length}"] = {"attention": attention, "state space": 1 - attention}
+        if lines:
+            page.table(["trained with", "history of", "attention, gamma_1", "state space, gamma_2"], lines)
+            picture = file.parent / "images" / f"experiment-gamma-{dataset}-{len(series)}.svg"
+            plots.stacked_bars(picture, f"{dataset}: fusion weights by length of the history", series, "share")
+            page.figure(picture, file, f"{dataset}: fusion weights")
+
+
+def _fusion_of_trained_lengths(page: Page, file: Path, found: dict[str, Rows]) -> None:
+    lines = []
+    for dataset, rows in found.items():
+        for (model, variant), own in rows.items():
+            weights = [row["parts"]["fusion"]["all"] for row in own if "fusion" in row.get("parts", {})]
+            if model == "STARRec" and weights:
+                lines.append([f"{dataset}, {variant}", *(f"{number:.3f}" for number in np.mean(weights, axis=0))])
+    if lines:
+        page.text("The fusion weights that STAR-Rec learned at each maximum length (eq. 3):")
+        page.table(["trained at length", "attention, gamma_1", "state space, gamma_2"], lines)
+
+
+def _experts(page: Page, file: Path, found: dict[str, Rows]) -> None:
+    """Shares of the gate's mass, how even each user's gate is, and who is routed where."""
+    for dataset, rows in found.items():
+        lines, series = [], {}
+        for (_, variant), own in rows.items():
+            experts = [row["parts"]["experts"] for row in own if "experts" in row.get("parts", {})]
+            if not experts:
+                continue
+            shares = sorted(np.mean([sorted(expert["share"]) for expert in experts], axis=0), reverse=True)
+            entropy = mean(expert["entropy"] for expert in experts)
+            lines.append([f"{dataset}, {variant}", *(f"{share:.1%}" for share in shares), f"{entropy:.2f}"])
+            series[variant] = {f"expert {i + 1}": share for i, share in enumerate(shares)}
+        if not lines:
+            continue
+        count = len(lines[0]) - 2
+        page.text(
+            "Each expert's share of the gate's mass over the test users, largest first, and the mean entropy of a "
+            "user's gate (0: one expert alone, 1: all alike)."
+        )
+        page.table(["trained with", *(str(i + 1) for i in range(count)), "entropy"], lines)
+        picture = file.parent / "images" / f"experiment-experts-share-{dataset}.svg"
+        plots.stacked_bars(picture, f"{dataset}: shares of the experts", series, "share of the gate's mass")
+        page.figure(picture, file, f"{dataset}: shares of the experts")
+        _by_category(page, dataset, next(iter(rows.values()))[0])
+
+
+def _by_category(page: Page, dataset: str, row: dict[str, Any]) -> None:
+    table = row.get("parts", {}).get("experts", {}).get("by_category")
+    if not table:
+        return
+    page.text(f"{dataset}: the mean gate of users, weighted by the share of each genre in their history.")
+    count = len(next(iter(table.values())))
+    page.table(
+        ["genre", *(f"expert {i + 1}" for i in range(count))],
+        [[genre, *(f"{share:.1%}" for share in gate)] for genre, gate in table.items() if sum(gate)],
+    )
+
+
+PARTS: dict[str, Callable[[Page, Path, dict[str, Rows]], None]] = {
+    "max_length": _fusion_of_trained_lengths,
+    "fusion": _fusion,
+    "experts": _experts,
+}
+
+
+def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
+    """Accuracy of the study's own models by how long a history each user has."""
+    if not results.rows:
+        return
+    page.heading("Who is served how well, by length of the history")
+    page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds.")
+    for dataset, models in results.rows.items():
+        first = next(iter(models.values()))[0]
+        buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
+        scores = {model: results.per_user(rows, FULL) for model, rows in models.items()}
+        lines = []
+        for name, users in buckets.items():
+            means = {model: float(score[users].mean()) for model, score in scores.items()}
+            best = max(means.values())
+            lines.append([name, f"{len(users):,}", *(score_cell(m, None, bold=m == best) for m in means.values())])
+        page.table([f"{dataset}: items before the target", "users", *models], lines)
+        picture = file.parent / "images" / f"experiment-by-length-{dataset}.svg"
+        places = {float(place): name for place, name in enumerate(buckets)}
+        series = {
+            model: [(place, float(score[buckets[name]].mean())) for place, name in places.items()]
+            for model, score in scores.items()
+        }
+        title = f"{dataset}: NDCG@{K} by length of the history"
+        plots.lines(picture, title, series, "items", f"NDCG@{K}", logx=False, logy=False, xnames=places)
+        page.figure(picture, file, title)
