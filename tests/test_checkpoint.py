@@ -107,6 +107,7 @@ def test_resume_is_bit_for_bit(name):
     config = config_of(parts.checkpoint, {"epochs": 4})
     resumed = train_and_test(config, resume_file=parts.checkpoint)
     assert resumed.checkpoint == parts.checkpoint
+    assert resumed.best_epoch == whole.best_epoch
     assert resumed.result == whole.result
     one, two = load_checkpoint(whole.checkpoint), load_checkpoint(resumed.checkpoint)
     for key in ("epoch", "best_valid_score", "best_valid_result"):

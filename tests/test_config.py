@@ -1,6 +1,7 @@
 """Precedence, strictness, and every shipped property file."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import recbole.utils
 import yaml
 
+import recbole_ssm.config
 from recbole_ssm import Config, UserError, list_models
 from recbole_ssm.config import properties_dir
 from recbole_ssm.registry import MODELS
@@ -77,6 +79,35 @@ def test_negatives_follow_the_loss():
         assert config["train_neg_sample_args"]["distribution"] == distribution
 
 
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Property files with one more, of Mamba4Rec on ml-1m."""
+    shutil.copytree(properties_dir(), tmp_path / "properties")
+    file = tmp_path / "properties" / "tuned" / "ml-1m-Mamba4Rec.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("dropout_prob: 0.33\nMAX_ITEM_LIST_LENGTH: 77\n")
+    monkeypatch.setattr(recbole_ssm.config, "properties_dir", lambda: tmp_path / "properties")
+    return file
+
+
+def test_tuned_settings_stand_above_the_datasets(tuned):
+    config = Config("Mamba4Rec", "ml-1m")
+    assert (config["dropout_prob"], config["MAX_ITEM_LIST_LENGTH"]) == (0.33, 77)
+    assert config.property_files[-1] == tuned
+    assert Config("Mamba4Rec", "ml-1m", config_dict={"dropout_prob": 0.1})["dropout_prob"] == 0.1
+    plain = Config("Mamba4Rec", "ml-1m", config_dict={"tuned": False})
+    assert (plain["dropout_prob"], plain["MAX_ITEM_LIST_LENGTH"]) == (0.2, 200)
+    assert tuned not in Config("Mamba4Rec", "ml-100k").property_files
+
+
+def test_a_runs_settings_outlive_what_is_tuned_later(tuned):
+    given = Config("Mamba4Rec", "ml-1m").given
+    del given["label_smoothing"]  # as of a checkpoint from before this setting was there
+    tuned.write_text("dropout_prob: 0.5\nlabel_smoothing: 0.2\n")
+    again = Config.rebuild(given)
+    assert (again["dropout_prob"], again["label_smoothing"]) == (0.33, 0.0)
+
+
 def test_general_models_keep_recboles_settings():
     config = Config("BPR", "ml-100k")
     assert config["user_inter_num_interval"] is None
@@ -95,6 +126,12 @@ REFUSED = {
     "cut-off": ({"topk": 20}, r"valid_metric NDCG@10 is not among the metrics .* at \[20\]"),
     "measure": ({"metrics": "Hit"}, "valid_metric NDCG@10 is not among the metrics"),
     "loaders": ({"save_dataloaders": True}, "leave save_dataloaders out"),
+    "schedule": ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step': choose one of constant, linear, cosine"),
+    "warm-up": ({"warmup_ratio": 1}, "warmup_ratio is 1: choose a number from 0 to below 1"),
+    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing is 1.0 with loss_type CE: choose a number"),
+    "smoothed BPR": ({"label_smoothing": 0.1, "loss_type": "BPR"}, "with loss_type BPR: choose .* and 0 for other"),
+    "temperature": ({"temperature": 0}, "temperature is 0: choose a positive number, or ~ for none"),
+    "evaluation": ({"eval_args": "uni100"}, "should be a dict"),
     "negatives with CE": ({"train_neg_sample_args": {"distribution": "uniform"}}, "should be None"),
 }
 

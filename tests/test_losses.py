@@ -26,14 +26,15 @@ def rows_and_table(count, items, width=8, dtype=torch.float64, scale=1.0):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("scale", [1.0, 300.0])  # at 300 a positive's probability underflows float32
-def test_full_cross_entropy_is_that_of_torch(count, scale, monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_full_cross_entropy_is_that_of_torch(count, scale, smoothing, monkeypatch):
     monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", 1)  # blocks of as few rows as there may be, 8
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         hidden, table, positives = rows_and_table(count, 50, dtype=dtype, scale=scale)
         exact_hidden, exact_table = (t.detach().double().requires_grad_() for t in (hidden, table))
         loss, expected = (
-            full_cross_entropy(hidden, table, positives),
-            F.cross_entropy(exact_hidden @ exact_table.T, positives),
+            full_cross_entropy(hidden, table, positives, smoothing),
+            F.cross_entropy(exact_hidden @ exact_table.T, positives, label_smoothing=smoothing),
         )
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
         gradients = torch.autograd.grad(3 * loss, (hidden, table))

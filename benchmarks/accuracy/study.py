@@ -1,13 +1,15 @@
 """What is compared and how each model is tuned: ``study.yaml`` as runs, and winners as property files."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recbole
 import yaml
 
 from benchmarks.accuracy.runs import Spec
+from recbole_ssm.config import properties_dir
 
 FILE = Path(__file__).with_name("study.yaml")
 
@@ -91,12 +93,20 @@ def write_tuned(file: Path, settings: dict[str, Any], trials: list[dict[str, Any
         f"# {best['model']} on {best['dataset']}: the best of {len(trials)} trials by valid NDCG@10 "
         f"({best['best_valid_score']:.4f} after {epochs} epochs).",
         "# Found by python -m benchmarks accuracy --tune; the space is in benchmarks/accuracy/study.yaml.",
-        *_yaml_lines(settings),
     ]
+    for key, value in settings.items():
+        setting = f"{key}: {'~' if value is None else value}"
+        lines.append(f"{setting:<31} {_meaning(best['model'], key)}".rstrip())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n")
 
 
-def _yaml_lines(settings: dict[str, Any]) -> Iterator[str]:
-    for key, value in settings.items():
-        yield f"{key}: {'~' if value is None else value}"
+def _meaning(model: str, key: str) -> str:
+    """The comment that explains a setting in the property files that it stands above."""
+    for folder in (properties_dir(), Path(recbole.__file__).parent / "properties"):
+        for file in (folder / "model" / f"{model}.yaml", folder / "overall.yaml"):
+            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+            found = next((line for line in lines if line.startswith(f"{key}:") and "#" in line), None)
+            if found is not None:
+                return found[found.index("#") :].strip()
+    return ""

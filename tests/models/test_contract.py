@@ -25,6 +25,7 @@ ABLATIONS = [
     ("STARRec", {"use_position_embedding": False}),
     ("STARRec", {"attention_window": 3}),
     ("STARRec", {"similarity_threshold": [0.1, -0.2]}),
+    ("STARRec", {"input_dependent_fusion": True}),
     ("STARRec", {"num_layers": 2}),
     ("STARRec", {"train_mode": "prefix"}),
     ("STARRec", {"ssm_backend": "reference"}),
@@ -34,6 +35,7 @@ ABLATIONS = [
     ("SSD4Rec", {"var_len": False}),
     ("SSD4Rec", {"backward_stream": "aligned"}),
     ("SSD4Rec", {"norm_embedding": False, "num_layers": 1}),
+    ("Mamba4Rec", {"temperature": 0.1}),
     ("Mamba4Rec", {"num_layers": 2}),
     ("Mamba4Rec", {"train_mode": "prefix"}),
 ]

@@ -1,0 +1,239 @@
+"""``python -m benchmarks accuracy`` and ``experiments`` on tiny data: runs, tuning, statistics and pages."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+import benchmarks
+from benchmarks import __main__, plots
+from benchmarks.accuracy import runs, study
+from benchmarks.accuracy.runs import Spec, Store
+from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks
+from benchmarks.accuracy.study import Study
+from benchmarks.experiments import plan as experiments_plan
+from benchmarks.experiments import report as experiments_report
+from benchmarks.pages import Page
+from recbole_ssm import UserError
+from recbole_ssm.quick_start import train_and_test
+
+from .conftest import SMALL, random_rows, small_config, write_dataset
+
+PLAN = {
+    "models": ["STARRec", "Mamba4Rec", "SASRec"],
+    "datasets": ["tiny"],
+    "seeds": [1, 2],
+    "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10", "train_batch_size": 64},
+    "own": {"STARRec": {key: SMALL[key] for key in ("d_state", "n_heads", "n_experts")}, "SASRec": {"inner_size": 16}},
+    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, {"dropout": [0.1, 0.2]}]},
+    "dropout": {"SASRec": ["hidden_dropout_prob", "attn_dropout_prob"], "default": ["dropout_prob"]},
+    "trial_seed": 0,
+    "trial_epochs": {"tiny": 1},
+    "epochs": {"tiny": 2},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A study of one tiny set, and property files of its own to write what tuning finds to."""
+    pytest.importorskip("matplotlib")
+    write_dataset("tiny", random_rows())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(PLAN))
+    monkeypatch.setattr(Study.read.__func__, "__defaults__", (tmp_path / "study.yaml",))
+    return tmp_path
+
+
+def run(monkeypatch, *words):
+    words = (*words, "--data_path", "dataset", "--work", "work", "--results", "results", "--page", "docs/page.md")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    __main__.main()
+    return Path("docs/page.md").read_text(), Path("docs/page.html").read_text()
+
+
+SETTINGS = {**PLAN["common"], **PLAN["own"]["STARRec"], "epochs": 2}
+
+
+def spec(model="Mamba4Rec", seed=1, **settings):
+    own = PLAN["own"].get(model, {})
+    return Spec(model, "tiny", seed, {**PLAN["common"], **own, "epochs": 2, **settings})
+
+
+def test_a_run_is_that_of_run_recbole(tiny, capfd):
+    store = Store(Path("results/runs.jsonl"))
+    runs.run_all([spec()], store, Path("work").resolve(), "dataset", jobs=1, rank=True)
+    (row,) = store.rows.values()
+    again = train_and_test(small_config("Mamba4Rec", seed=1, **spec().settings))
+    assert row["recbole_test_result"] == again.result["test_result"]
+    assert row["test"]["all items"]["ndcg@10"] == pytest.approx(again.result["test_result"]["ndcg@10"], abs=5e-5)
+    assert row["test"]["history excluded"]["recall@50"] >= row["test"]["all items"]["recall@50"] > 0
+    assert row["epochs_to_best"] == again.best_epoch + 1
+    assert {"commit", "versions", "device"} <= row["environment"].keys()
+    assert row["command"].startswith("run_recbole --model=Mamba4Rec --dataset=tiny --seed=1 ")
+    ranks = store.read_ranks(row["id"], "all items")
+    assert ranks.metrics([5, 50]).items() <= row["test"]["all items"].items()
+    assert "epoch 2 of 2" in capfd.readouterr().out
+    runs.run_all([spec()], Store(store.file), Path("nowhere").resolve(), "dataset", jobs=1, rank=True)
+    assert "1 runs, 1 of them made before" in capfd.readouterr().out
+    assert not Path("nowhere").exists()
+
+
+def test_runs_are_told_apart_by_their_settings():
+    assert spec().identity() == Spec("Mamba4Rec", "tiny", 1, dict(reversed(spec().settings.items()))).identity()
+    names = {s.identity() for s in (spec(), spec(seed=2), spec(epochs=3), spec("STARRec"), spec(tuned=False))}
+    assert len(names) == 5
+
+
+def test_a_killed_study_goes_on(tiny):
+    """SIGKILL of a run in mid-training; the next call takes its checkpoint up, and ends like one never killed."""
+    chosen = spec(epochs=400, stopping_step=1000, learning_rate=1e-5)
+    folder = Path("work", chosen.identity()).resolve()
+    folder.mkdir(parents=True)
+    task = {
+        "spec": runs.asdict(chosen),
+        "id": chosen.identity(),
+        "data_path": str(Path("dataset").resolve()),
+        "rank": True,
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+    command = [sys.executable, "-m", "benchmarks.accuracy.worker", str(folder)]
+    process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch 3 of" in line:
+            break
+    process.kill()
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    store = Store(Path("results/runs.jsonl"))
+    runs.run_all([chosen], store, folder.parent, str(Path("dataset").resolve()), jobs=1, rank=True)
+    (row,) = store.rows.values()
+    whole = train_and_test(small_config("Mamba4Rec", seed=1, **chosen.settings), saved=True)
+    assert row["recbole_test_result"] == whole.result["test_result"]
+    assert row["epochs_to_best"] == whole.best_epoch + 1
+
+
+def test_a_failed_run_is_told_and_left_out(tiny, capsys):
+    store = Store(Path("results/runs.jsonl"))
+    runs.run_all([spec(loss_type="none"), spec()], store, Path("work").resolve(), "dataset", jobs=2, rank=False)
+    assert [row["settings"] for row in store.rows.values()] == [spec().settings]
+    told = capsys.readouterr().out
+    assert "failed: Mamba4Rec tiny seed 1" in told
+    assert "loss_type is 'none'" in told
+    assert "1 runs failed; the same command tries them again" in told
+
+
+def test_a_broken_result_file_is_told():
+    Path("runs.jsonl").write_text('{"id": "a"}\n{"id"\n')
+    with pytest.raises(UserError, match=r"runs\.jsonl, line 2 is no JSON"):
+        Store(Path("runs.jsonl"))
+
+
+def test_tuning_then_study_then_experiments(tiny, monkeypatch):
+    tuned = tiny / "tuned"
+    monkeypatch.setattr(benchmarks.accuracy, "tuned_file", lambda model, dataset: tuned / f"{dataset}-{model}.yaml")
+    found_settings = lambda model, dataset: yaml.safe_load((tuned / f"{dataset}-{model}.yaml").read_text())  # noqa: E731
+    monkeypatch.setattr(runs, "tuned_settings", found_settings)
+    # The runs are processes of their own, which see the property files as shipped: they are given what was tuned.
+    grid = lambda self, models, datasets, seeds: [  # noqa: E731
+        Spec(model, dataset, seed, found_settings(model, dataset))
+        for dataset in datasets for seed in seeds for model in models
+    ]  # fmt: skip
+    monkeypatch.setattr(Study, "grid", grid)
+    page, html = run(monkeypatch, "accuracy", "--tune", "--jobs", "2")
+
+    trials = [json.loads(line) for line in Path("results/tuning.jsonl").read_text().splitlines()]
+    assert len(trials) == 3 * Study.read().trials("STARRec", "tiny") == 9
+    assert all(trial["test"] == {} and trial["recbole_test_result"] is None for trial in trials)
+    for model in PLAN["models"]:
+        own = [trial for trial in trials if trial["model"] == model]
+        best = max(own, key=lambda trial: trial["best_valid_score"])
+        settings = found_settings(model, "tiny")
+        for key in ("learning_rate", "hidden_dropout_prob", "attn_dropout_prob", "dropout_prob"):
+            assert settings.get(key) == best["settings"].get(key)
+        assert settings["epochs"] == 2
+        assert "learning_rate: 0.0" in (text := (tuned / f"tiny-{model}.yaml").read_text())
+        assert "# (float) Learning rate." in text
+
+    rows = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["seed"]) for row in rows} == {(m, s) for m in PLAN["models"] for s in (1, 2)}
+    mean = np.mean([row["test"]["all items"]["ndcg@10"] for row in rows if row["model"] == "STARRec"])
+    for text in (page, html):
+        assert f"{mean:.4f}"[1:] in text
+        for row in rows:
+            assert row["command"] in text.replace("&quot;", '"')
+    assert "**" in page
+    assert "<b>" in html
+    assert "<svg" in html
+    assert "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+
+    small = {
+        name: experiments_plan.EXPERIMENTS[name] for name in ("fusion", "experts", "max_length")
+    }  # fmt: skip
+    for module in (experiments_plan, experiments_report, benchmarks.experiments):
+        monkeypatch.setattr(module, "EXPERIMENTS", small)
+    monkeypatch.setitem(experiments_plan.SHORTER, "tiny", SETTINGS)
+    starrec = {key: value for key, value in SETTINGS.items()}
+    monkeypatch.setitem(experiments_plan.SHORTER, "tiny", starrec)
+    run(monkeypatch, "experiments", "fusion", "experts", "--datasets", "tiny", "--seeds", "1", "--jobs", "2")
+    page = Path("docs/page.md").read_text()
+    assert "attention, gamma_1" in page
+    assert "w/o diversity" in page
+    assert "by length of the history" in page
+
+
+def test_paired_comparison():
+    generator = np.random.default_rng(0)
+    other = generator.random(200)
+    own = other + generator.normal(0.02, 0.1, 200)
+    found = compare(own, other, tests=3)
+    assert found.change == pytest.approx(own.mean() / other.mean() - 1)
+    assert found.p == pytest.approx(min(1, 3 * ttest_rel(own, other).pvalue))
+    assert compare(own, own).p == 1
+    assert compare(own + 1, own, tests=4).p < 0.001
+
+
+def test_critical_difference_is_that_of_the_paper():
+    """Demsar, JMLR 7, 2006, table 5a and the example below it: 4 classifiers, 14 sets, q = 2.569, CD = 1.25."""
+    assert critical_difference(4, 14) == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=0.01)
+    np.testing.assert_allclose(mean_ranks(np.array([[0.3, 0.2, 0.2], [0.1, 0.2, 0.3]])), [2, 2.25, 1.75])
+
+
+def test_pages_say_the_same_twice(tmp_path):
+    page = Page("A & B")
+    page.text("**Bold** `a < b` and [a link](b.md).")
+    page.bullets(["one", "two"])
+    page.table(["name", "x"], [["a", "**.5**"]])
+    plots.dots(tmp_path / "images" / "dots.svg", "Dots", {"a": (0.5, 0.1), "b": (0.2, None)}, "x")
+    page.figure(tmp_path / "images" / "dots.svg", tmp_path / "page.md", "Dots")
+    page.write(tmp_path / "page.md")
+    text, html = (tmp_path / "page.md").read_text(), (tmp_path / "page.html").read_text()
+    assert "| name | x |\n| --- | ---: |\n| a | **.5** |" in text
+    assert "![Dots](images/dots.svg)" in text
+    assert "<h1>A &amp; B</h1>" in html
+    assert "<b>Bold</b> <code>a &lt; b</code>" in html
+    assert "<td><b>.5</b></td>" in html
+    assert "<li>two</li>" in html
+    assert html.count("<svg") == 1
+
+
+def test_critical_difference_diagram(tmp_path):
+    ranks = {"a": 1.2, "b": 1.5, "c": 2.9, "d": 4.4}
+    plots.critical_differences(tmp_path / "cd.svg", "Ranks", ranks, 1.5)
+    assert "<svg" in (tmp_path / "cd.svg").read_text()
+
+
+def test_the_study_as_shipped_is_the_same_for_all_models():
+    shipped = Study.read(study.FILE)
+    for dataset in shipped.plan["datasets"]:
+        assert {shipped.plan[part].get(dataset) is not None for part in ("stages", "trial_epochs", "epochs")} == {True}
+        assert len({shipped.trials(model, dataset) for model in shipped.plan["models"]}) == 1
+        for model in shipped.plan["models"]:
+            Spec(model, dataset, 0, {"tuned": False, **shipped.base(model, dataset)}).config()
