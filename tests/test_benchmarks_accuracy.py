@@ -66,7 +66,7 @@ def spec(model="Mamba4Rec", seed=1, **settings):
 
 def test_a_run_is_that_of_run_recbole(tiny, capfd):
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([spec()], store, Path("work").resolve(), "dataset", jobs=1, rank=True)
+    runs.run_all([spec()], store, Path("work").resolve(), str(Path("dataset").resolve()), jobs=1, rank=True)
     (row,) = store.rows.values()
     again = train_and_test(small_config("Mamba4Rec", seed=1, **spec().settings))
     assert row["recbole_test_result"] == again.result["test_result"]
@@ -78,7 +78,9 @@ def test_a_run_is_that_of_run_recbole(tiny, capfd):
     ranks = store.read_ranks(row["id"], "all items")
     assert ranks.metrics([5, 50]).items() <= row["test"]["all items"].items()
     assert "epoch 2 of 2" in capfd.readouterr().out
-    runs.run_all([spec()], Store(store.file), Path("nowhere").resolve(), "dataset", jobs=1, rank=True)
+    runs.run_all(
+        [spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=1, rank=True
+    )
     assert "1 runs, 1 of them made before" in capfd.readouterr().out
     assert not Path("nowhere").exists()
 
@@ -119,7 +121,14 @@ def test_a_killed_study_goes_on(tiny):
 
 def test_a_failed_run_is_told_and_left_out(tiny, capsys):
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([spec(loss_type="none"), spec()], store, Path("work").resolve(), "dataset", jobs=2, rank=False)
+    runs.run_all(
+        [spec(loss_type="none"), spec()],
+        store,
+        Path("work").resolve(),
+        str(Path("dataset").resolve()),
+        jobs=2,
+        rank=False,
+    )
     assert [row["settings"] for row in store.rows.values()] == [spec().settings]
     told = capsys.readouterr().out
     assert "failed: Mamba4Rec tiny seed 1" in told

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = Study.read().plan
     parser.add_argument("--models", nargs="+", default=plan["models"], help="RecBole's, too")
     parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
-    parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"], help="a run each")
+    parser.add_argument("--seeds", nargs="*", type=int, default=plan["seeds"], help="a run each; none to tune alone")
     parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
     parser.add_argument("--report", action="store_true", help="train nothing: write the pages from the results")
     add_run_arguments(parser)
