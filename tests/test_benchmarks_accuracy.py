@@ -23,7 +23,7 @@ from benchmarks.pages import Page
 from recbole_ssm import UserError
 from recbole_ssm.quick_start import train_and_test
 
-from .conftest import SMALL, random_rows, small_config, write_dataset
+from .conftest import SMALL, random_rows, write_dataset
 
 PLAN = {
     "models": ["STARRec", "Mamba4Rec", "SASRec"],
@@ -66,9 +66,9 @@ def spec(model="Mamba4Rec", seed=1, **settings):
 
 def test_a_run_is_that_of_run_recbole(tiny, capfd):
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([spec()], store, Path("work").resolve(), str(Path("dataset").resolve()), jobs=1, rank=True)
+    runs.run_all([spec()], store, Path("work").resolve(), str(Path("dataset").resolve()), jobs=2, rank=True)
     (row,) = store.rows.values()
-    again = train_and_test(small_config("Mamba4Rec", seed=1, **spec().settings))
+    again = train_and_test(spec().config("dataset"))
     assert row["recbole_test_result"] == again.result["test_result"]
     assert row["test"]["all items"]["ndcg@10"] == pytest.approx(again.result["test_result"]["ndcg@10"], abs=5e-5)
     assert row["test"]["history excluded"]["recall@50"] >= row["test"]["all items"]["recall@50"] > 0
@@ -79,7 +79,7 @@ def test_a_run_is_that_of_run_recbole(tiny, capfd):
     assert ranks.metrics([5, 50]).items() <= row["test"]["all items"].items()
     assert "epoch 2 of 2" in capfd.readouterr().out
     runs.run_all(
-        [spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=1, rank=True
+        [spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=2, rank=True
     )
     assert "1 runs, 1 of them made before" in capfd.readouterr().out
     assert not Path("nowhere").exists()
@@ -112,9 +112,9 @@ def test_a_killed_study_goes_on(tiny):
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([chosen], store, folder.parent, str(Path("dataset").resolve()), jobs=1, rank=True)
+    runs.run_all([chosen], store, folder.parent, str(Path("dataset").resolve()), jobs=2, rank=True)
     (row,) = store.rows.values()
-    whole = train_and_test(small_config("Mamba4Rec", seed=1, **chosen.settings), saved=True)
+    whole = train_and_test(chosen.config("dataset"))
     assert row["recbole_test_result"] == whole.result["test_result"]
     assert row["epochs_to_best"] == whole.best_epoch + 1
 
