@@ -219,7 +219,7 @@ class Config(recbole.config.Config):
             "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS
         }  # fmt: skip
         if self.model in MODELS:
-            choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS}
+            choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS, "moe_level": ("sequence", "position")}
         for key, values in choices.items():
             if key in final and final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")

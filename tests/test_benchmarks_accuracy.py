@@ -241,7 +241,10 @@ def test_critical_difference_diagram(tmp_path):
 
 def test_the_study_as_shipped_is_the_same_for_all_models():
     shipped = Study.read(study.FILE)
-    for dataset in shipped.plan["datasets"]:
+    for name, other in shipped.plan["also"].items():
+        assert name in shipped.plan["datasets"]
+        assert shipped.grid(["STARRec"], [name], [1]) == [Spec("STARRec", other["dataset"], 1, other["settings"])]
+    for dataset in (name for name in shipped.plan["datasets"] if name not in shipped.plan["also"]):
         assert {shipped.plan[part].get(dataset) is not None for part in ("stages", "trial_epochs", "epochs")} == {True}
         assert len({shipped.trials(model, dataset) for model in shipped.plan["models"]}) == 1
         for model in shipped.plan["models"]:

@@ -4,9 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
+from benchmarks.accuracy.runs import QUIET, ROOT, Spec, Store, run_all
 from benchmarks.accuracy.study import Study, write_tuned
+from benchmarks.speed.contenders import hush
 from recbole_ssm.config import tuned_file
+from recbole_ssm.quick_start import evaluate
+
+# Candidates of papers that sampled: the target and so many items drawn uniformly, or by popularity.
+SAMPLED = ("uni100", "pop100")
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -18,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
     parser.add_argument("--seeds", nargs="*", type=int, default=plan["seeds"], help="a run each; none to tune alone")
     parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
+    parser.add_argument("--sampled", action="store_true", help="evaluate among sampled candidates, too; takes long")
     parser.add_argument("--report", action="store_true", help="train nothing: write the pages from the results")
     add_run_arguments(parser)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md", help="page; .html beside it")
@@ -35,12 +41,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Tune where that is asked for, make the runs that are missing, and write the pages."""
     del sys.argv[1:]  # RecBole reads settings from there, and these options are none
+    hush()
     study = Study.read()
     if not arguments.report:
         if arguments.tune:
             _tune(arguments, study)
         specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
-        run_specs(arguments, specs, Store(arguments.results / "runs.jsonl"))
+        store = Store(arguments.results / "runs.jsonl")
+        run_specs(arguments, specs, store)
+        if arguments.sampled:
+            _sample(arguments, specs, store)
     from benchmarks.accuracy.report import write_pages
 
     write_pages(arguments.results, arguments.page)
@@ -50,6 +60,21 @@ def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, ra
     """Make the runs that ``store`` lacks, with the command's own options."""
     data_path = str(Path(arguments.data_path).resolve())
     run_all(specs, store, arguments.work.resolve(), data_path, arguments.jobs, rank)
+
+
+def _sample(arguments: argparse.Namespace, specs: list[Spec], store: Store) -> None:
+    """Add to each run's row what its best model reaches among sampled candidates."""
+    for row in store.of(specs):
+        checkpoints = list((arguments.work.resolve() / row["id"]).glob("*.pth"))
+        missing = [mode for mode in SAMPLED if mode not in row.get("sampled", {})]
+        if missing and not checkpoints:
+            print(f"{row['id']}: no checkpoint in {arguments.work}, so no sampled evaluation", flush=True)
+        for mode in missing if checkpoints else []:
+            settings = {**QUIET, "eval_args": {**row["config"]["eval_args"], "mode": mode}}
+            result = evaluate(str(checkpoints[0]), settings).result["test_result"]
+            store.add({**row, "sampled": {**row.get("sampled", {}), mode: result}}, None)
+            row = store.rows[row["id"]]
+            print(f"{row['id']}: among {mode} NDCG@10 {result['ndcg@10']:.4f}", flush=True)
 
 
 def _tune(arguments: argparse.Namespace, study: Study) -> None:
@@ -62,7 +87,7 @@ def _tune(arguments: argparse.Namespace, study: Study) -> None:
             raise SystemExit("tuning needs all of its trials: see the logs above, then start the same command again")
         return rows
 
-    for dataset in arguments.datasets:
+    for dataset in (name for name in arguments.datasets if name in study.plan["stages"]):
         for model in arguments.models:
             settings, trials = study.tune(model, dataset, run)
             file = tuned_file(model, dataset)

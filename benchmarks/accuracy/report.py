@@ -55,7 +55,8 @@ def write_pages(results: Path, file: Path) -> None:
     _protocol(page, found, study)
     for dataset in found.rows:
         _dataset(page, found, dataset, file)
-    _critical_differences(page, found, file)
+    _critical_differences(page, found, study, file)
+    _sampled(page, found)
     _tuning(page, study, Store(results / "tuning.jsonl"))
     _commands(page, found)
     page.write(file)
@@ -92,6 +93,8 @@ def _dataset(page: Page, found: Results, dataset: str, file: Path) -> None:
     models = found.rows[dataset]
     config = next(iter(models.values()))[0]["config"]
     page.heading(dataset)
+    if config["time_order"] == "float32":
+        page.text("As RecBole orders: by the timestamp rounded to float32, where near-equal times become ties.")
     page.text(
         f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, at most {config['epochs']} epochs, "
         f"5-core, seeds {_distinct(str(row['seed']) for rows in models.values() for row in rows)}."
@@ -171,9 +174,9 @@ def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
     page.table(heads, [[model, *(column[model] for column in cells)] for model in models])
 
 
-def _critical_differences(page: Page, found: Results, file: Path) -> None:
-    sets = {d: models for d, models in found.rows.items()}
-    common = [m for m in Study.read().plan["models"] if all(m in models for models in sets.values())]
+def _critical_differences(page: Page, found: Results, study: Study, file: Path) -> None:
+    sets = {name: models for name, models in found.rows.items() if name not in study.plan.get("also", {})}
+    common = [m for m in study.plan["models"] if all(m in models for models in sets.values())]
     if len(common) < 2 or len(sets) < 2:
         return
     scores = np.array([
@@ -191,6 +194,28 @@ def _critical_differences(page: Page, found: Results, file: Path) -> None:
     picture = file.parent / "images" / "study-ranks.svg"
     plots.critical_differences(picture, f"Mean rank over {len(sets)} sets, 1 is best", ranks, difference)
     page.figure(picture, file, "Mean ranks and the critical difference")
+
+
+def _sampled(page: Page, found: Results) -> None:
+    rows = [
+        [f"{dataset}, {model}", mode, str(len(runs)), *(_sampled_cell(runs, mode, f"{m}@{K}") for m in METRICS)]
+        for dataset, models in found.rows.items()
+        for model, rows in models.items()
+        for mode in dict.fromkeys(mode for row in rows for mode in row.get("sampled", {}))
+        if (runs := [row for row in rows if mode in row.get("sampled", {})])
+    ]
+    if rows:
+        page.heading("Among sampled candidates")
+        page.text(
+            "For comparison with papers that ranked the target among 100 items drawn uniformly (`uni100`) or by "
+            "popularity (`pop100`), and with nothing else: **these are no full ranking**. The same models as above; "
+            "`run_recbole --mode evaluate --checkpoint FILE --eval_args=\"{'mode': 'uni100'}\"`."
+        )
+        page.table(["set, model", "candidates", "seeds", *(f"{metric}@{K}" for metric in METRICS)], rows)
+
+
+def _sampled_cell(runs: Rows, mode: str, metric: str) -> str:
+    return score_cell(*spread([run["sampled"][mode][metric] for run in runs]))
 
 
 def _tuning(page: Page, study: Study, store: Store) -> None:

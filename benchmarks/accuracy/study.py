@@ -32,7 +32,14 @@ class Study:
     def grid(self, models: Iterable[str], datasets: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
         """A run a seed of each model on each set, sets first; settings are those of the property files."""
         models, seeds = list(models), list(seeds)
-        return [Spec(model, dataset, seed) for dataset in datasets for seed in seeds for model in models]
+        return [
+            Spec(model, *self._read_as(dataset, seed)) for dataset in datasets for seed in seeds for model in models
+        ]
+
+    def _read_as(self, name: str, seed: int) -> tuple[str, int, dict[str, Any]]:
+        """The set that is read, the seed, and the settings that it is read with."""
+        also = self.plan.get("also", {}).get(name, {"dataset": name, "settings": {}})
+        return also["dataset"], seed, also["settings"]
 
     def base(self, model: str, dataset: str) -> dict[str, Any]:
         """Settings of all runs of a model on a set, those apart that tuning finds."""

@@ -89,6 +89,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec",),
         {"learned": {}, "input-dependent": {"input_dependent_fusion": True}},
     ),
+    "routing": Experiment(
+        "Should experts be chosen for the whole history, or for each position?",
+        "STAR-Rec, open question",
+        ("STARRec",),
+        {"per sequence": {}, "per position": {"moe_level": "position"}},
+    ),
     "window": Experiment(
         "How far back must attention look?",
         "STAR-Rec, open question",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
-from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
+from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, init_weights
 from recbole_ssm.ops.packing import positions
 
@@ -63,7 +63,10 @@ class DualPathLayer(nn.Module):
 
 
 class STARRec(PackedRecommender):
-    """Attention and state-space paths, fused, then a mixture of experts."""
+    """Attention and state-space paths, fused, then a mixture of experts.
+
+    With ``moe_level: position`` the mixture stands before the paths instead, and routes each position's embedding.
+    """
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
@@ -83,7 +86,11 @@ class STARRec(PackedRecommender):
             if config["use_moe"]
             else None
         )
+        self.routes_positions = config["moe_level"] == "position"
+        if self.routes_positions and config["train_mode"] == "prefix":
+            raise UserError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
+        self._mixed: Mixture | None = None  # of the latest pass, for the loss
         self.apply(init_weights)
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
@@ -93,20 +100,29 @@ class STARRec(PackedRecommender):
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions(cu_seqlens))
         hidden = self.norm(self.dropout(hidden))
+        if self.routes_positions:
+            hidden = self._mix(hidden)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, item_embedding, cu_seqlens)
         return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
 
+    def _mix(self, hidden: Tensor) -> Tensor:
+        if self.mixture is None:
+            return hidden
+        mixed = self.mixture(hidden)
+        self._mixed = mixed if torch.is_grad_enabled() else None
+        return mixed.output
+
     def read_out(self, hidden: Tensor) -> Tensor:
-        """The mixture of experts, or ``hidden`` itself without one."""
-        return hidden if self.mixture is None else self.mixture(hidden).output
+        """The mixture of experts, or ``hidden`` itself where there is none here."""
+        return hidden if self.routes_positions else self._mix(hidden)
 
     def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
-        if self.mixture is None:
-            return self.ranking_loss(hidden, positives, negatives)
-        mixed = self.mixture(hidden)
-        terms = [self.ranking_loss(mixed.output, positives, negatives)]
+        ranking_loss = self.ranking_loss(self.read_out(hidden), positives, negatives)
+        if self._mixed is None:
+            return ranking_loss
+        terms, (mixed, self._mixed) = [ranking_loss], (self._mixed, None)
         if self.diversity_weight:
             terms.append(self.diversity_weight * expert_diversity(mixed.experts))
         if self.balance_weight:

@@ -7,6 +7,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import UserError, run_recbole
+from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
 from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK, LOSS_TYPES
 from recbole_ssm.registry import MODELS
 
@@ -26,6 +27,7 @@ ABLATIONS = [
     ("STARRec", {"attention_window": 3}),
     ("STARRec", {"similarity_threshold": [0.1, -0.2]}),
     ("STARRec", {"input_dependent_fusion": True}),
+    ("STARRec", {"moe_level": "position"}),
     ("STARRec", {"num_layers": 2}),
     ("STARRec", {"train_mode": "prefix"}),
     ("STARRec", {"ssm_backend": "reference"}),
@@ -199,3 +201,24 @@ def test_backward_stream_readings():
         torch.testing.assert_close(layer(x, borders, torch.tensor([4, 6])), expected[[4, 6]])
         outputs[reading] = expected
     assert not torch.allclose(outputs["final"], outputs["aligned"])
+
+
+@pytest.mark.parametrize("level", ["sequence", "position"])
+def test_starrecs_loss_holds_the_terms_of_its_mixture(level):
+    """They are those of the mixture over what it routes: targets, or all positions."""
+    _, model, (train_data, _, _) = build("STARRec", moe_level=level, dropout_prob=0.0, diversity_weight=0.5)
+    batch = next(iter(train_data))
+    _, diversity, balance = model.calculate_loss(batch)
+    routed = []
+    hook = model.mixture.register_forward_hook(lambda _module, inputs, output: routed.append((inputs[0], output)))
+    model.calculate_loss(batch)
+    hook.remove()
+    ((y, mixed),) = routed
+    assert len(y) == (len(batch) if level == "sequence" else len(batch.items))
+    torch.testing.assert_close(diversity, 0.5 * expert_diversity(mixed.experts))
+    torch.testing.assert_close(balance, model.balance_weight * load_balance(mixed.gate))
+
+
+def test_routing_positions_needs_whole_histories():
+    with pytest.raises(UserError, match="moe_level: position learns from whole histories alone"):
+        build("STARRec", moe_level="position", train_mode="prefix")
