@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
+from benchmarks.accuracy.claims import CLAIMS
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks, spread
 from benchmarks.accuracy.study import Study
@@ -56,6 +57,7 @@ def write_pages(results: Path, file: Path) -> None:
     for dataset in found.rows:
         _dataset(page, found, dataset, file)
     _critical_differences(page, found, study, file)
+    _claims(page, found)
     _sampled(page, found)
     _tuning(page, study, Store(results / "tuning.jsonl"))
     _commands(page, found)
@@ -194,6 +196,25 @@ def _critical_differences(page: Page, found: Results, study: Study, file: Path) 
     picture = file.parent / "images" / "study-ranks.svg"
     plots.critical_differences(picture, f"Mean rank over {len(sets)} sets, 1 is best", ranks, difference)
     page.figure(picture, file, "Mean ranks and the critical difference")
+
+
+def _claims(page: Page, found: Results) -> None:
+    rows = []
+    for claim in CLAIMS:
+
+        def score(model: str, metric: str, protocol: str, dataset: str = claim.dataset) -> float | None:
+            runs = found.rows.get(dataset, {}).get(model)
+            return spread([run["test"][protocol][metric] for run in runs])[0] if runs else None
+
+        verdict = claim.verdict(score)
+        if verdict is not None:
+            rows.append([f"{claim.dataset}: {claim.text}", *verdict])
+    page.heading("Do the claims hold?")
+    page.text(
+        f"Means over seeds of NDCG@{K}, {FULL} where nothing else is said. A difference that holds may still be "
+        "chance: the tests above tell."
+    )
+    page.table(["claim", "measured", "verdict"], rows)
 
 
 def _sampled(page: Page, found: Results) -> None:

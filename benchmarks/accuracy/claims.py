@@ -1,0 +1,70 @@
+"""What the papers and this package's own aims say of the study's numbers, each held against them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.accuracy.worker import FULL, UNSEEN
+
+# Of a set: the mean over seeds of a metric of a model under a protocol; None where the model was not run.
+Score = Callable[[str, str, str], float | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement about one set.
+
+    Attributes:
+        dataset: dataset name.
+        text: the statement.
+        value: what is measured, of that set's scores; None where a model is missing.
+        least: the least value at which the statement holds.
+        relative: whether the value is a relative change.
+    """
+
+    dataset: str
+    text: str
+    value: Callable[[Score], float | None]
+    least: float
+    relative: bool = False
+
+    def verdict(self, score: Score) -> tuple[str, str] | None:
+        """The measured value and whether it holds, as a table shows them."""
+        value = self.value(score)
+        if value is None or np.isnan(value):
+            return None
+        text = f"{value:+.1%}" if self.relative else f"{value:.4f}".removeprefix("0")
+        return text, "holds" if value >= self.least else "**fails**"
+
+
+def _over(model: str, other: str, protocol: str = FULL) -> Callable[[Score], float | None]:
+    def change(score: Score) -> float | None:
+        own, others = score(model, "ndcg@10", protocol), score(other, "ndcg@10", protocol)
+        return None if own is None or others is None else own / others - 1
+
+    return change
+
+
+def _score(model: str, metric: str, protocol: str) -> Callable[[Score], float | None]:
+    return lambda score: score(model, metric, protocol)
+
+
+SETS = ("ml-1m", "amazon-beauty", "amazon-video-games", "ml-100k")
+
+CLAIMS = [
+    *(
+        Claim(dataset, f"{model} is above {other} (its paper)", _over(model, other), 0.0, relative=True)
+        for model in ("STARRec", "SSD4Rec")
+        for dataset in SETS
+        for other in ("SASRec", "Mamba4Rec")
+    ),
+    Claim("ml-1m", "STARRec is at least 2% above Mamba4Rec", _over("STARRec", "Mamba4Rec"), 0.02, relative=True),
+    Claim("ml-1m", "STARRec is at least 5% above SASRec", _over("STARRec", "SASRec"), 0.05, relative=True),
+    # README of asash/gSASRec-pytorch, on this very sequence data; the aim is this package's own.
+    Claim("ml-1m", f"STARRec, {UNSEEN}: gSASRec's NDCG@10, .1726", _score("STARRec", "ndcg@10", UNSEEN), 0.1726),
+    Claim("ml-1m", f"STARRec, {UNSEEN}: gSASRec's Recall@10, .3003", _score("STARRec", "recall@10", UNSEEN), 0.3003),
+    Claim("ml-1m", f"STARRec, {UNSEEN}: an NDCG@10 of .205", _score("STARRec", "ndcg@10", UNSEEN), 0.205),
+    # A user's run of its authors' code, chengkai-liu/Mamba4Rec issue 8.
+    Claim("amazon-beauty", "Mamba4Rec: an NDCG@10 of .0431", _score("Mamba4Rec", "ndcg@10", FULL), 0.0431),
+]
