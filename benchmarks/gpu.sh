@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU is needed for: kernels and models checked on the chip, then timed beside others'.
 # Results: benchmarks/results/*-<device>.json, tables and plots in docs/. Takes some 30 minutes; a part of it, say
-# because a machine is lent for less: benchmarks/gpu.sh tests | ops | profile | speed, and more options after the word.
+# because a machine is lent for less: benchmarks/gpu.sh tests | ops | profile | speed | study, and more options after the
+# word. A study that is stopped goes on from where it was when it is started again.
 #
-#   DATA=folder that holds ml-1m, for profile and speed
+#   DATA=folder that holds ml-1m, for profile, speed and study
 #   SSD4REC=checkout of SSD4Rec's released code (github, ZhangYifeng1995), to train beside ours; needs mamba_ssm
 #
 # mamba_ssm and causal_conv1d take part where they are installed (docs/backends.md has the lines).
@@ -27,4 +28,9 @@ fi
 if wanted speed; then
     python3 -m benchmarks speed --data_path "$DATA" --parts training evaluation lengths catalogue \
         ${SSD4REC:+--authors_ssd4rec "$SSD4REC"} "$@"
+fi
+if wanted study; then
+    # Rows go to a file of their own: a GPU's are not a CPU's. SSD4Rec as released, which a CPU is too slow for, too.
+    python3 -m benchmarks accuracy --data_path "$DATA" --datasets ml-1m --jobs 4 --results benchmarks/results/gpu \
+        --models STARRec Mamba4Rec SASRec GRU4Rec SSD4Rec SSD4Rec-released --page docs/study-gpu.md "$@"
 fi

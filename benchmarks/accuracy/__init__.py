@@ -88,7 +88,7 @@ def _tune(arguments: argparse.Namespace, study: Study) -> None:
         return rows
 
     for dataset in (name for name in arguments.datasets if name in study.plan["stages"]):
-        for model in arguments.models:
+        for model in (name for name in arguments.models if name not in study.also):
             settings, trials = study.tune(model, dataset, run)
             file = tuned_file(model, dataset)
             write_tuned(file, {**study.base(model, dataset), **settings}, trials)

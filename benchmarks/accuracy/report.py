@@ -34,7 +34,7 @@ class Results:
         plan = study.plan
         self.rows: dict[str, dict[str, Rows]] = {}
         for dataset in plan["datasets"]:
-            for model in plan["models"]:
+            for model in study.model_names:
                 rows = store.of(study.grid([model], [dataset], plan["seeds"]))
                 if rows:
                     self.rows.setdefault(dataset, {})[model] = rows
@@ -177,7 +177,7 @@ def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
 
 
 def _critical_differences(page: Page, found: Results, study: Study, file: Path) -> None:
-    sets = {name: models for name, models in found.rows.items() if name not in study.plan.get("also", {})}
+    sets = {name: models for name, models in found.rows.items() if name not in study.also}
     common = [m for m in study.plan["models"] if all(m in models for models in sets.values())]
     if len(common) < 2 or len(sets) < 2:
         return

@@ -32,14 +32,22 @@ class Study:
     def grid(self, models: Iterable[str], datasets: Iterable[str], seeds: Iterable[int]) -> list[Spec]:
         """A run a seed of each model on each set, sets first; settings are those of the property files."""
         models, seeds = list(models), list(seeds)
-        return [
-            Spec(model, *self._read_as(dataset, seed)) for dataset in datasets for seed in seeds for model in models
-        ]
+        return [self._spec(m, dataset, seed) for dataset in datasets for seed in seeds for m in models]
 
-    def _read_as(self, name: str, seed: int) -> tuple[str, int, dict[str, Any]]:
-        """The set that is read, the seed, and the settings that it is read with."""
-        also = self.plan.get("also", {}).get(name, {"dataset": name, "settings": {}})
-        return also["dataset"], seed, also["settings"]
+    def _spec(self, model: str, dataset: str, seed: int) -> Spec:
+        read, run = self.also.get(dataset, {}), self.also.get(model, {})
+        settings = {**read.get("settings", {}), **run.get("settings", {})}
+        return Spec(run.get("model", model), read.get("dataset", dataset), seed, settings)
+
+    @property
+    def also(self) -> dict[str, dict[str, Any]]:
+        """What stands for another model or set with settings of its own, by name."""
+        return self.plan.get("also", {})
+
+    @property
+    def model_names(self) -> list[str]:
+        """All models, those that are run only where they are asked for last."""
+        return [*self.plan["models"], *(name for name, other in self.also.items() if "model" in other)]
 
     def base(self, model: str, dataset: str) -> dict[str, Any]:
         """Settings of all runs of a model on a set, those apart that tuning finds."""
