@@ -119,6 +119,8 @@ class Store:
 def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | None, jobs: int, rank: bool) -> None:
     """Make every run that the store lacks, ``jobs`` at a time with an equal share of the cores each.
 
+    ``OMP_NUM_THREADS`` sets the threads of each run where it is set.
+
     A run is a process of its own in ``work/<identity>``, where its log and checkpoint stay; one that was killed goes on
     from there when it is asked for again. A run that fails is reported and left out.
 
@@ -133,7 +135,7 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
     named = {spec.identity(): spec for spec in specs}
     missing = {name: spec for name, spec in named.items() if name not in store.rows}
     print(f"{len(named)} runs, {len(named) - len(missing)} of them made before", flush=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
     begin, failed = time.monotonic(), 0
 
     def make(name: str, spec: Spec) -> Path:
