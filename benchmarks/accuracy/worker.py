@@ -29,7 +29,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {FULL: {"exclude_history": False}, UNSEEN
 
 def main(folder: Path) -> None:
     """Make the run that ``task.json`` describes; leave ``row.json``, and ``ranks.npz`` where it asks for ranks."""
-    task = json.loads((folder / "task.json").read_text())
+    task, about = json.loads((folder / "task.json").read_text()), environment()
     del sys.argv[1:]  # RecBole reads settings from there
     os.chdir(folder)
     hush()
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     run = train_and_test(
         config, resume_file=str(checkpoints[-1]) if checkpoints else None, callback_fn=_progress(spec, config)
     )
-    found, about = _evaluations(run, task["rank"])
+    found, model = _evaluations(run, task["rank"])
     row = {
         "id": task["id"],
         "model": spec.model,
@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
         "test": {name: ranks.metrics(TOPK) for name, ranks in found["test"].items()},
         "recbole_test_result": run.result["test_result"] if task["rank"] else None,
         **_training(run),
-        **about,
+        **model,
         "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
-        "environment": environment(),
+        "environment": about,
     }
     if found["test"]:
         _write_ranks(folder / "ranks.npz", found["test"])
