@@ -51,7 +51,7 @@ def test_list_models():
 def test_precedence(monkeypatch, tmp_path):
     """overall < model < dataset < config files < dict < command line."""
     config = Config("STARRec", "ml-1m")
-    assert config["epochs"] == 300  # RecBole's overall.yaml
+    assert config["stopping_step"] == 10  # RecBole's overall.yaml
     assert config["valid_metric"] == "NDCG@10"  # ours
     assert config["n_heads"] == 8  # model
     assert config["MAX_ITEM_LIST_LENGTH"] == 200  # dataset
