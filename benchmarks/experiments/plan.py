@@ -95,6 +95,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec",),
         {"per sequence": {}, "per position": {"moe_level": "position"}},
     ),
+    "time_gaps": Experiment(
+        "Does it help to know how much time passed between interactions?",
+        "STAR-Rec, open question; of the sets here ml-100k alone has a clock",
+        ("STARRec",),
+        {"order alone": {}, "time gaps": {"use_time_gaps": True}},
+    ),
     "window": Experiment(
         "How far back must attention look?",
         "STAR-Rec, open question",

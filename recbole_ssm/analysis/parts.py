@@ -17,8 +17,7 @@ def _outputs(model: STARRec, eval_data, module: nn.Module) -> Tensor:
     hook = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.float().cpu()))
     try:
         for rows, *_ in eval_data:
-            rows = rows.to(device)
-            model(rows[model.ITEM_SEQ], rows[model.ITEM_SEQ_LEN])
+            model.full_sort_predict(rows.to(device))
     finally:
         hook.remove()
     return torch.cat(seen)

@@ -12,7 +12,7 @@ class SequenceBatch:
     """``N`` windows of users' histories laid end to end, and the targets to predict from some of their positions.
 
     Attributes:
-        items: item ids, int64 ``[T]``.
+        items: item ids, int64 ``[T]``; with ``use_time_gaps`` their time gaps beside them, ``[T, 2]``.
         cu_seqlens: borders of the windows, int32 ``[N+1]`` (see :mod:`recbole_ssm.ops.packing`).
         target_rows: rows whose next item is a target of this step, int64 ``[M]``; the other rows are context.
         targets: the items to predict there, int64 ``[M]``.

@@ -14,6 +14,22 @@ from scipy.sparse import coo_matrix
 from recbole_ssm.data.atomic_files import AtomicFiles
 from recbole_ssm.errors import UserError
 
+# Time gaps are told apart by powers of 2 of the timestamp's unit; 0 is that before a user's first interaction.
+N_TIME_GAPS = 42
+
+
+def time_gaps(time: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Bucket of the time that passed since the interaction before: ``1 + floor(log2(1 + gap))``, int64 ``[n]``.
+
+    Args:
+        time: sorted by user and time, ``[n]``.
+        first: rows at which a user's history begins.
+    """
+    gap = np.maximum(0, np.diff(time.astype(np.float64), prepend=0.0))
+    bucket = np.minimum(1 + np.floor(np.log2(1 + gap)), N_TIME_GAPS - 1).astype(np.int64)
+    bucket[first] = 0
+    return bucket
+
 
 class _Rows(Interaction):
     """An Interaction that rows are taken of by arrays; RecBole's makes lists of Python's integers of these first."""
@@ -35,13 +51,16 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         sorted_items: all interactions' item ids by user and time, int64 ``[n]``.
         user_start: where the history of each interaction's user begins in ``sorted_items``, int64 ``[n]``.
         longest_row: most items of a row's history, and so the width of padded rows.
+        sorted_gaps: see :func:`time_gaps`; none but with ``use_time_gaps``.
     """
 
+    TIME_GAPS = "time_gap_list"  # the column of rows that holds their history's time gaps
     TARGET_POSITION = "target_position"  # the column of inter_feat that points into sorted_items
 
     sorted_items: torch.Tensor
     user_start: torch.Tensor
     longest_row: int
+    sorted_gaps: torch.Tensor | None
 
     def _read(self, filepath, source):
         """As RecBole's, but read by pandas' compiled reader, and tokens as categories."""
@@ -105,22 +124,24 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
                 f"{missing} of {len(time)} interactions of {self.dataset_name} have no {self.time_field}: "
                 "fill it in or remove these rows, for a sequence needs an order."
             )
-        self._exact_time = time.to_numpy() if self.config["time_order"] == "exact" else None
+        self._exact_time = time.to_numpy()
         self.inter_feat[self.time_field] = time.astype(np.float64)
 
     def data_augmentation(self):
         """Sort the interactions by user and time (ties in file order) and make a row of each but a user's first."""
         self._aug_presets()
-        if self._exact_time is None:
-            self.sort(by=[self.uid_field, self.time_field])
-        else:
-            self.inter_feat._reindex(np.lexsort((self._exact_time, self.inter_feat[self.uid_field].numpy())))
+        exact = self.config["time_order"] == "exact"
+        time = self._exact_time if exact else self.inter_feat[self.time_field].numpy()
+        order = np.lexsort((time, self.inter_feat[self.uid_field].numpy()))
+        self.inter_feat._reindex(order)
         users = self.inter_feat[self.uid_field].numpy()
         first = np.flatnonzero(np.diff(users, prepend=-1))
         sizes = np.diff(first, append=len(users))
         self._report_short_users(sizes)
         user_start = np.repeat(first, sizes)
         self.sorted_items = self.inter_feat[self.iid_field]
+        gaps = time_gaps(self._exact_time[order], first) if self.config["use_time_gaps"] else None
+        self.sorted_gaps = gaps if gaps is None else torch.from_numpy(gaps)
         self.user_start = torch.from_numpy(user_start)
 
         targets = np.flatnonzero(np.arange(len(users)) > user_start)
@@ -195,6 +216,8 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         real = column < length[..., None]
         item_list = self.iid_field + self.config["LIST_SUFFIX"]
         rows.update(Interaction({item_list: self.sorted_items[places] * real}))
+        if self.sorted_gaps is not None:
+            rows.update(Interaction({self.TIME_GAPS: self.sorted_gaps[places] * real}))
         return rows
 
     def inter_matrix(self, form="coo", value_field=None):

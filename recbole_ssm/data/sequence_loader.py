@@ -112,7 +112,10 @@ class SequenceDataLoader(DataLoader):
         target_rows = is_read.nonzero()[:, 0]
         items = self._dataset.sorted_items
         targets = items[place[target_rows] + 1]
-        return SequenceBatch(items[place], cu_seqlens, target_rows, targets, self._sample(targets))
+        gaps, items = self._dataset.sorted_gaps, items[place]
+        if gaps is not None:
+            items = torch.stack([items, gaps[place]], -1)
+        return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets))
 
     def _sample(self, targets: Tensor) -> Tensor | None:
         """``K`` items for each target, none of them the target itself, from the distribution of RecBole's sampler."""

@@ -19,6 +19,9 @@ from recbole_ssm.errors import UserError
 # Scores that exist at a time in full ranking, on a CPU and on a GPU; RecBole's metrics make some copies of them.
 SCORES_AT_A_TIME = (1 << 22, 1 << 28)
 
+# What a saved dataset was made with, beside RecBole's dataset_arguments.
+OWN_ARGUMENTS = ("seed", "repeatable", "time_order", "use_time_gaps")
+
 DATASET_CLASSES = {
     ModelType.SEQUENTIAL: "SequentialDataset",
     ModelType.KNOWLEDGE: "KnowledgeBasedDataset",
@@ -53,7 +56,7 @@ def create_dataset(config):
     if os.path.exists(file):
         with open(file, "rb") as f:
             saved = pickle.load(f)
-        if all(config[key] == saved.config[key] for key in [*dataset_arguments, "seed", "repeatable", "time_order"]):
+        if all(config[key] == saved.config[key] for key in [*dataset_arguments, *OWN_ARGUMENTS]):
             logging.getLogger().info(set_color("Load filtered dataset from", "pink") + f": [{file}]")
             return saved
     dataset = cls(config)

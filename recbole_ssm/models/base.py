@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Mamba
 from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
@@ -31,9 +32,11 @@ class PackedRecommender(SequentialRecommender):
 
     Attributes:
         one_pass: whether one pass over a sequence gives the hidden state after each of its prefixes.
+        use_time_gaps: whether items come with the time gap before each, as a second column.
     """
 
     one_pass = True
+    use_time_gaps = False
     item_embedding: nn.Embedding
 
     def __init__(self, config, dataset):
@@ -52,7 +55,7 @@ class PackedRecommender(SequentialRecommender):
         """Hidden states of packed sequences.
 
         Args:
-            items: item ids, int64 ``[T]``.
+            items: item ids, int64 ``[T]``; with ``use_time_gaps`` their time gaps beside them, ``[T, 2]``.
             cu_seqlens: borders of the sequences, int32 ``[S+1]``.
             read: rows whose hidden state is wanted, int64 ``[R]``; all where absent.
             last: promise that ``read`` is the last row of every sequence.
@@ -107,7 +110,10 @@ class PackedRecommender(SequentialRecommender):
         return F.normalize(hidden, dim=-1) / self.temperature, F.normalize(items, dim=-1)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``."""
+        """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``.
+
+        With ``use_time_gaps`` ids and time gaps, ``[B, L, 2]``.
+        """
         return self.read_out(self._encode_rows(item_seq, item_seq_len))
 
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
@@ -125,7 +131,7 @@ class PackedRecommender(SequentialRecommender):
             # RecBole lays all rows end to end once for each negative.
             negatives = interaction[self.NEG_ITEM_ID].view(self.n_negatives, -1).T
             rows = len(negatives)
-        hidden = self._encode_rows(interaction[self.ITEM_SEQ][:rows], interaction[self.ITEM_SEQ_LEN][:rows])
+        hidden = self._encode_rows(self._history(interaction)[:rows], interaction[self.ITEM_SEQ_LEN][:rows])
         return self.loss(hidden, interaction[self.POS_ITEM_ID][:rows], negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
@@ -144,7 +150,12 @@ class PackedRecommender(SequentialRecommender):
             return hidden @ table.T
 
     def _represent(self, interaction: Interaction) -> Tensor:
-        return self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return self(self._history(interaction), interaction[self.ITEM_SEQ_LEN])
+
+    def _history(self, interaction: Interaction) -> Tensor:
+        """Item ids of padded rows, ``[B, L]``; with time gaps ``[B, L, 2]``."""
+        items = interaction[self.ITEM_SEQ]
+        return torch.stack([items, interaction[SequenceDataset.TIME_GAPS]], -1) if self.use_time_gaps else items
 
     def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state at the last item of each padded row, ``[B, d]``."""

@@ -8,6 +8,7 @@ docs/models.md gives the equations and says where this differs from the paper's 
 import torch
 from torch import Tensor, nn
 
+from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
@@ -77,6 +78,8 @@ class STARRec(PackedRecommender):
         self.position_embedding = (
             nn.Embedding(self.max_seq_length, self.hidden_size) if config["use_position_embedding"] else None
         )
+        self.use_time_gaps = config["use_time_gaps"]
+        self.time_gap_embedding = nn.Embedding(N_TIME_GAPS, self.hidden_size) if self.use_time_gaps else None
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         n_layers = config["num_layers"]
@@ -95,10 +98,13 @@ class STARRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        item_embedding = self.item_embedding(items)
+        ids = items[:, 0] if self.use_time_gaps else items
+        item_embedding = self.item_embedding(ids)
         hidden = item_embedding
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions(cu_seqlens))
+        if self.time_gap_embedding is not None:
+            hidden = hidden + self.time_gap_embedding(items[:, 1])
         hidden = self.norm(self.dropout(hidden))
         if self.routes_positions:
             hidden = self._mix(hidden)

@@ -9,6 +9,7 @@ from recbole.data.dataset import SequentialDataset
 
 from recbole_ssm.data import create_dataset, utils
 from recbole_ssm.data.atomic_files import hardened
+from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import cut_windows
 from recbole_ssm.errors import UserError
 from recbole_ssm.trainer import get_trainer
@@ -228,3 +229,25 @@ def test_a_user_and_a_friend_share_their_names():
     dataset = create_dataset(config)
     assert list(dataset.field2id_token["user_id"]) == ["[PAD]", "a", "b", "c"]
     assert list(dataset.inter_feat["friend"]) == [2, 1, 3]
+
+
+@pytest.mark.parametrize("mode", ["sequence", "prefix"])
+def test_time_gaps_stand_beside_their_items(mode):
+    rows = [f"{user}\t{item}\t{time}" for user in "ab" for item, time in zip("vwxyz", (5, 5, 6, 9, 73), strict=True)]
+    write_dataset("clock", rows[::-1])
+    _, model, (train_data, _, test_data) = build("STARRec", "clock", use_time_gaps=True, train_mode=mode)
+    bucket = {"w": 0, "v": 1, "x": 2, "y": 3, "z": 7}  # w, first of a tie in the file; gaps of 0, 1, 3 and 64
+    token = train_data._dataset.field2id_token["item_id"]
+    row = test_data._dataset[torch.arange(2)]
+    wanted = [[bucket.get(token[item], 0) for item in items] for items in row["item_id_list"]]
+    assert row[SequenceDataset.TIME_GAPS].tolist() == wanted
+    if mode == "sequence":
+        items, gaps = next(iter(train_data)).items.unbind(-1)
+        assert gaps.tolist() == [bucket[token[item]] for item in items]
+    model.calculate_loss(next(iter(train_data)))[0].backward()
+    assert model.time_gap_embedding.weight.grad[:2].abs().sum(1).min() > 0
+    before = model.eval().full_sort_predict(row)
+    row[SequenceDataset.TIME_GAPS][0, 1] = 20
+    after = model.full_sort_predict(row)
+    assert not torch.equal(before[0], after[0])
+    torch.testing.assert_close(before[1], after[1])

@@ -28,6 +28,7 @@ ABLATIONS = [
     ("STARRec", {"similarity_threshold": [0.1, -0.2]}),
     ("STARRec", {"input_dependent_fusion": True}),
     ("STARRec", {"moe_level": "position"}),
+    ("STARRec", {"use_time_gaps": True}),
     ("STARRec", {"num_layers": 2}),
     ("STARRec", {"train_mode": "prefix"}),
     ("STARRec", {"ssm_backend": "reference"}),
