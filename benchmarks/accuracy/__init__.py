@@ -1,6 +1,7 @@
 """``python -m benchmarks accuracy``: all models on all sets, tuned alike, several seeds, and what the numbers say."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -40,8 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Tune where that is asked for, make the runs that are missing, and write the pages."""
-    del sys.argv[1:]  # RecBole reads settings from there, and these options are none
-    hush()
+    begin()
     study = Study.read()
     if not arguments.report:
         if arguments.tune:
@@ -54,6 +54,14 @@ def main(arguments: argparse.Namespace) -> None:
     from benchmarks.accuracy.report import write_pages
 
     write_pages(arguments.results, arguments.page)
+
+
+def begin() -> None:
+    """What every command that makes runs and pages does first."""
+    if importlib.util.find_spec("matplotlib") is None:  # known before anything is trained
+        raise SystemExit("the pictures need matplotlib: pip install 'recbole-ssm[bench]'")
+    del sys.argv[1:]  # RecBole reads settings from there, and these options are none
+    hush()
 
 
 def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, rank: bool = True) -> None:

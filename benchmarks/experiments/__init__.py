@@ -1,10 +1,9 @@
 """``python -m benchmarks experiments``: the papers' own experiments, each with its table and its figure."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from benchmarks.accuracy import add_run_arguments, run_specs
+from benchmarks.accuracy import add_run_arguments, begin, run_specs
 from benchmarks.accuracy.runs import ROOT, Store
 from benchmarks.experiments.plan import EXPERIMENTS
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Make the runs that are missing, and write the pages from all that there are."""
-    del sys.argv[1:]  # RecBole reads settings from there, and these options are none
+    begin()
     unknown = set(arguments.names) - set(EXPERIMENTS)
     if unknown:
         raise SystemExit(f"no experiment {', '.join(sorted(unknown))}: choose of {', '.join(EXPERIMENTS)}")
