@@ -29,8 +29,8 @@ if wanted speed; then
     python3 -m benchmarks speed --data_path "$DATA" --parts training evaluation lengths catalogue \
         ${SSD4REC:+--authors_ssd4rec "$SSD4REC"} "$@"
 fi
-if wanted study; then
+if [ "$part" = study ]; then # hours, so it is no part of all
     # Rows go to a file of their own: a GPU's are not a CPU's. SSD4Rec as released, which a CPU is too slow for, too.
     python3 -m benchmarks accuracy --data_path "$DATA" --datasets ml-1m --jobs 4 --results benchmarks/results/gpu \
-        --models STARRec Mamba4Rec SASRec GRU4Rec SSD4Rec SSD4Rec-released --page docs/study-gpu.md "$@"
+        --models STARRec Mamba4Rec SASRec SSD4Rec-released --work saved/study-gpu --page docs/study-gpu.md "$@"
 fi

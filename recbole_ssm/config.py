@@ -32,7 +32,7 @@ COMMAND_OPTIONS = {
 # Settings that RecBole reads although none of its property files of sequential models lists them.
 UNLISTED = {
     "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port",
-    "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
+    "tuned", "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
 }  # fmt: skip
 
 # What a checkpoint leaves out: it belongs to one process, or RecBole derives it.
@@ -106,6 +106,8 @@ class Config(recbole.config.Config):
         with stays as it was.
         """
         changes = {key: _literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
+        if isinstance(changes.get("eval_args"), dict):
+            changes["eval_args"] = {**given["eval_args"], **changes["eval_args"]}
         return _RebuiltConfig(config_dict={**given, **changes})
 
     def compatibility_settings(self):
@@ -223,6 +225,8 @@ class Config(recbole.config.Config):
         for key, values in choices.items():
             if key in final and final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if self.model not in MODELS and final.get("use_time_gaps"):
+            raise UserError(f"{self.model} reads no time gaps: leave use_time_gaps out.")
         if not 0 <= (final.get("warmup_ratio") or 0) < 1:
             raise UserError(f"warmup_ratio is {final['warmup_ratio']}: choose a number from 0 to below 1.")
         if self.model not in MODELS:

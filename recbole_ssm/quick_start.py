@@ -114,7 +114,11 @@ def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=Non
 
 
 def train_and_test(
-    config: Config, saved: bool = True, resume_file: str | None = None, callback_fn: Callable | None = None
+    config: Config,
+    saved: bool = True,
+    resume_file: str | None = None,
+    callback_fn: Callable | None = None,
+    test: bool = True,
 ) -> Run:
     """Train and test by a configuration, from the start or from a checkpoint.
 
@@ -123,6 +127,7 @@ def train_and_test(
         saved: see :func:`run_recbole`.
         resume_file: checkpoint of an interrupted run with this configuration.
         callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
+        test: whether to read the test set; without it the result of the test is None.
     """
     logger = start_logging(config)
     dataset, loaders = load_data(config)
@@ -140,7 +145,9 @@ def train_and_test(
     best_valid_score, best_valid_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"], callback_fn=callback_fn
     )
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    test_result = None
+    if test:
+        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
 
     logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
     result = {

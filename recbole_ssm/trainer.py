@@ -282,6 +282,11 @@ class SequenceTrainer(DurableTraining):
         scaled = self.enable_scaler or (self.enable_amp and half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.lr_schedule = config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0
+        if self.lr_schedule != ("constant", 0.0) and not config["single_spec"]:
+            raise UserError(
+                f"lr_scheduler_type {self.lr_schedule[0]} with warmup_ratio {self.lr_schedule[1]} runs in one process: "
+                "leave --nproc out, or set constant and 0 (--tuned=False, where this set's tuned settings hold them)."
+            )
 
     def _build_optimizer(self, **kwargs):
         optimizer = super()._build_optimizer(**kwargs)

@@ -295,3 +295,32 @@ def test_saved_false_writes_nothing():
     result = run_recbole("Mamba4Rec", "tiny", config_dict=settings, saved=False)
     assert result["test_result"]["ndcg@10"] >= 0
     assert not list(Path("saved").glob("*"))
+
+
+def test_a_schedule_goes_on_where_it_was():
+    """Interrupted after two of four epochs of a cosine: the same weights as in one go."""
+    write_dataset("tiny", random_rows())
+    settings = {"epochs": 4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "learning_rate": 0.01}
+    whole = train_and_test(small_config("Mamba4Rec", checkpoint_dir="whole", **settings))
+
+    def interrupt(epoch, _score):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_test(small_config("Mamba4Rec", checkpoint_dir="parts", **settings), callback_fn=interrupt)
+    (file,) = map(str, Path("parts").glob("*.pth"))
+    resumed = train_and_test(config_of(file), resume_file=file)
+    assert resumed.result == whole.result
+    for parameter, value in load_checkpoint(whole.checkpoint)["resume"]["state_dict"].items():
+        assert torch.equal(value, load_checkpoint(file)["resume"]["state_dict"][parameter])
+
+
+def test_a_part_of_eval_args_keeps_the_checkpoints_split():
+    write_dataset("tiny", random_rows())
+    split = {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "mode": "full"}
+    run = train_and_test(small_config("Mamba4Rec", epochs=1, eval_args=split), test=False)
+    assert run.result["test_result"] is None
+    config = config_of(run.checkpoint, {"eval_args": {"mode": "uni10"}})
+    assert config["eval_args"]["split"] == {"RS": [0.6, 0.2, 0.2]}
+    assert config["eval_args"]["mode"] == {"valid": "uni10", "test": "uni10"}

@@ -8,7 +8,7 @@ from recbole.trainer import Trainer
 from torch.nn.utils import clip_grad_norm_
 
 from recbole_ssm import UserError
-from recbole_ssm.trainer import STEPS_PER_CHECK, SequenceTrainer, get_trainer
+from recbole_ssm.trainer import STEPS_PER_CHECK, SequenceTrainer, get_trainer, learning_rate_factor
 
 from .conftest import build
 
@@ -121,3 +121,36 @@ def test_the_optimizer_is_fused():
     assert group["fused"]
     assert group["weight_decay"] == 0.1
     assert group["lr"] == trainer.learning_rate
+
+
+def test_learning_rate_factors():
+    def factors(*schedule):
+        return [learning_rate_factor(*schedule, progress) for progress in (0, 0.1, 0.2, 0.6, 1)]
+
+    assert factors("constant", 0.0) == [1, 1, 1, 1, 1]
+    assert factors("constant", 0.2) == pytest.approx([0, 0.5, 1, 1, 1])
+    assert factors("linear", 0.2) == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert factors("cosine", 0.2) == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert learning_rate_factor("cosine", 0.0, 0.25) == pytest.approx((1 + 2**-0.5) / 2)
+
+
+@pytest.mark.parametrize("name", ["Mamba4Rec", "SASRec"])
+def test_the_learning_rate_follows_its_schedule(name, monkeypatch):
+    mode = {} if name == "Mamba4Rec" else {"train_mode": "sequence"}
+    settings = {"lr_scheduler_type": "linear", "learning_rate": 0.5, "learner": "sgd", "epochs": 2, "eval_step": 0}
+    config, model, (train_data, _, _) = build(name, train_batch_size=64, **settings, **mode)
+    trainer, rates = get_trainer(config["MODEL_TYPE"], name)(config, model), []
+    step = trainer.optimizer.step
+    monkeypatch.setattr(
+        trainer.optimizer,
+        "step",
+        lambda *a, **k: (rates.append(trainer.optimizer.param_groups[0]["lr"]), step(*a, **k)),
+    )
+    trainer.fit(train_data, saved=False)
+    assert len(rates) > 4
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(0.5, rel=0.2)
+    half = 0.5 * len(rates)
+    assert rates[int(half)] == pytest.approx(0.25, rel=0.2)
+    assert 0 < rates[-1] < 0.1
+    assert trainer.learning_rate == 0.5

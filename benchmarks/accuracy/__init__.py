@@ -7,8 +7,8 @@ from pathlib import Path
 
 from benchmarks.accuracy.runs import QUIET, ROOT, Spec, Store, run_all
 from benchmarks.accuracy.study import Study, write_tuned
+from benchmarks.accuracy.worker import checkpoint_in
 from benchmarks.speed.contenders import hush
-from recbole_ssm.config import tuned_file
 from recbole_ssm.quick_start import evaluate
 
 # Candidates of papers that sampled: the target and so many items drawn uniformly, or by popularity.
@@ -20,7 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     plan = Study.read().plan
-    parser.add_argument("--models", nargs="+", default=plan["models"], help="RecBole's, too")
+    parser.add_argument(
+        "--models", nargs="+", default=plan["models"], help="of the study, or RecBole's that train on whole histories"
+    )
     parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
     parser.add_argument("--seeds", nargs="*", type=int, default=plan["seeds"], help="a run each; none to tune alone")
     parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
@@ -46,6 +48,9 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.report:
         if arguments.tune:
             _tune(arguments, study)
+        missing = study.untuned(arguments.models, arguments.datasets if arguments.seeds else [])
+        if missing:
+            raise SystemExit(f"nothing was tuned yet for {', '.join(missing)}: add --tune, or name other --models")
         specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
         store = Store(arguments.results / "runs.jsonl")
         run_specs(arguments, specs, store)
@@ -73,13 +78,13 @@ def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, ra
 def _sample(arguments: argparse.Namespace, specs: list[Spec], store: Store) -> None:
     """Add to each run's row what its best model reaches among sampled candidates."""
     for row in store.of(specs):
-        checkpoints = list((arguments.work.resolve() / row["id"]).glob("*.pth"))
+        checkpoint = checkpoint_in(arguments.work.resolve() / row["id"])
         missing = [mode for mode in SAMPLED if mode not in row.get("sampled", {})]
-        if missing and not checkpoints:
+        if missing and checkpoint is None:
             print(f"{row['id']}: no checkpoint in {arguments.work}, so no sampled evaluation", flush=True)
-        for mode in missing if checkpoints else []:
+        for mode in missing if checkpoint else []:
             settings = {**QUIET, "eval_args": {**row["config"]["eval_args"], "mode": mode}}
-            result = evaluate(str(checkpoints[0]), settings).result["test_result"]
+            result = evaluate(str(checkpoint), settings).result["test_result"]
             store.add({**row, "sampled": {**row.get("sampled", {}), mode: result}}, None)
             row = store.rows[row["id"]]
             print(f"{row['id']}: among {mode} NDCG@10 {result['ndcg@10']:.4f}", flush=True)
@@ -98,6 +103,6 @@ def _tune(arguments: argparse.Namespace, study: Study) -> None:
     for dataset in (name for name in arguments.datasets if name in study.plan["stages"]):
         for model in (name for name in arguments.models if name not in study.also):
             settings, trials = study.tune(model, dataset, run)
-            file = tuned_file(model, dataset)
+            file = study.tuned_file(model, dataset)
             write_tuned(file, {**study.base(model, dataset), **settings}, trials)
             print(f"{model} on {dataset}: {settings}, written to {file}", flush=True)

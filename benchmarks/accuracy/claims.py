@@ -7,8 +7,9 @@ import numpy as np
 
 from benchmarks.accuracy.worker import FULL, UNSEEN
 
-# Of a set: the mean over seeds of a metric of a model under a protocol; None where the model was not run.
-Score = Callable[[str, str, str], float | None]
+# Of a set: the mean of a model's metric under a protocol, over the seeds that another model has, too; None where one of
+# the two was not run.
+Score = Callable[[str, str, str, str], float | None]
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,21 @@ class Claim:
 
 def _over(model: str, other: str, protocol: str = FULL) -> Callable[[Score], float | None]:
     def change(score: Score) -> float | None:
-        own, others = score(model, "ndcg@10", protocol), score(other, "ndcg@10", protocol)
+        own, others = score(model, "ndcg@10", protocol, other), score(other, "ndcg@10", protocol, model)
         return None if own is None or others is None else own / others - 1
 
     return change
 
 
 def _score(model: str, metric: str, protocol: str) -> Callable[[Score], float | None]:
-    return lambda score: score(model, metric, protocol)
+    return lambda score: score(model, metric, protocol, model)
 
 
 SETS = ("ml-1m", "amazon-beauty", "amazon-video-games", "ml-100k")
 
 CLAIMS = [
     *(
-        Claim(dataset, f"{model} is above {other} (its paper)", _over(model, other), 0.0, relative=True)
+        Claim(dataset, f"{model} is above {other}, as its paper says", _over(model, other), 0.0, relative=True)
         for model in ("STARRec", "SSD4Rec")
         for dataset in SETS
         for other in ("SASRec", "Mamba4Rec")

@@ -31,7 +31,7 @@ def summary_of_parts(model: STARRec, test_data, folder: Path) -> dict[str, Any]:
     if model.layers[-1].use_pma and model.layers[-1].use_ssm:
         gamma = fusion_weights(model, test_data)
         found["fusion"] = _means(gamma, buckets) | {"all": gamma.mean(0).tolist()}
-    if model.mixture is None:
+    if model.mixture is None or model.routes_positions:
         return found
     gates = expert_gates(model, test_data)
     busiest = np.bincount(gates.argmax(1), minlength=gates.shape[1]) / len(gates)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.accuracy.claims import CLAIMS
+from benchmarks.accuracy.claims import CLAIMS, Score
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks, spread
 from benchmarks.accuracy.study import Study
@@ -19,6 +19,14 @@ BASELINES = ("SASRec", "Mamba4Rec")
 K = 10
 
 Rows = list[dict[str, Any]]
+
+
+def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
+    """Of each list the rows of seeds that all lists have, so that means compare alike; all where none is shared."""
+    shared = set.intersection(*({row["seed"] for row in own} for own in rows.values())) if rows else set()
+    if not shared:
+        return rows
+    return {key: [row for row in own if row["seed"] in shared] for key, own in rows.items()}
 
 
 class Results:
@@ -55,7 +63,7 @@ def write_pages(results: Path, file: Path) -> None:
     page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec and GRU4Rec")
     _protocol(page, found, study)
     for dataset in found.rows:
-        _dataset(page, found, dataset, file)
+        _dataset(page, found, study, dataset, file)
     _critical_differences(page, found, study, file)
     _claims(page, found)
     _sampled(page, found)
@@ -70,43 +78,40 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "Written by `python -m benchmarks accuracy`; every number is from a run of `run_recbole` whose row stands in "
         "`benchmarks/results/runs.jsonl` with its settings, versions, commit and hardware."
     )
-    sets = ", ".join(found.rows) or "none yet"
     about = [row["environment"] for row in found.all_rows()]
-    hardware = _distinct(f"{a['device']}" for a in about)
     page.bullets([
         "**Split**: leave-one-out: a user's last item is the test target, the one before it the validation target.",
         f"**Candidates**: all items. In columns '{FULL}' the history's items are among them, as RecBole evaluates; in "
-        f"'{UNSEEN}' they are not, as SASRec's and gSASRec's own code evaluate. The two must not be mixed.",
-        "**Order**: by the exact timestamp (`time_order: exact`), ties in file order. The copies of ml-1m, "
-        "amazon-beauty and amazon-video-games used here hold the place in that order instead of a clock, so RecBole's "
-        "float32 order is the same there; ml-100k has a clock.",
-        "**Choice**: the best epoch by NDCG@10 on the validation set, all items; tuning by the same. The test set is "
-        "read once a run.",
+        f"'{UNSEEN}' they are not, as gSASRec's code evaluates. The two must not be mixed.",
+        "**Order**: by the exact timestamp (`time_order: exact`) but where a set's section says otherwise.",
+        "**Choice**: the best epoch by NDCG@10 on the validation set, all items; tuning by the same. What the test set "
+        "says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
-        "every position of a history at once, cosine learning rate. SASRec and GRU4Rec are RecBole's classes.",
+        "every position of a history at once, a cosine learning rate; rows that differ say so. SASRec and GRU4Rec are "
+        f"RecBole's classes. {' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU "
+        "can.",
         "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold. p: paired "
         "t-test over users of NDCG@10 averaged over seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
-        f"**Sets so far**: {sets}. **Hardware**: {hardware}. **Versions**: {_distinct(versions(a) for a in about)}. "
-        f"**Commits**: {_distinct(a['commit'] for a in about)}.",
+        f"**Hardware**: {_distinct(a['device'] for a in about)}. **Commits**: {_distinct(a['commit'] for a in about)}. "
+        f"**Versions**: {_distinct(versions(a) for a in about)}.",
     ])  # fmt: skip
 
 
-def _dataset(page: Page, found: Results, dataset: str, file: Path) -> None:
+def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path) -> None:
     models = found.rows[dataset]
     config = next(iter(models.values()))[0]["config"]
     page.heading(dataset)
-    if config["time_order"] == "float32":
-        page.text("As RecBole orders: by the timestamp rounded to float32, where near-equal times become ties.")
     page.text(
-        f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, at most {config['epochs']} epochs, "
-        f"5-core, seeds {_distinct(str(row['seed']) for rows in models.values() for row in rows)}."
+        f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, {config['epochs']} epochs, 5-core, seeds "
+        f"{_distinct(str(row['seed']) for rows in models.values() for row in rows)}. "
+        f"{study.plan['notes'].get(dataset, '')}"
     )
     heads = ["model", "seeds", *(f"{metric}@{K}, {protocol}" for protocol in (FULL, UNSEEN) for metric in METRICS)]
     heads += ["epochs to best", "minutes to best", "parameters"]
     cells = {(metric, protocol): _column(models, metric, protocol) for protocol in (FULL, UNSEEN) for metric in METRICS}
     rows = []
     for model, runs in models.items():
-        row = [_title(model, runs), str(len(runs))]
+        row = [_title(model, runs, config), str(len(runs))]
         row += [cells[metric, protocol][model] for protocol in (FULL, UNSEEN) for metric in METRICS]
         row.append(f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}")
         row.append(f"{np.mean([run['seconds_to_best'] for run in runs]) / 60:.1f}")
@@ -120,7 +125,7 @@ def _dataset(page: Page, found: Results, dataset: str, file: Path) -> None:
         for protocol in (FULL, UNSEEN)
         for model, runs in models.items()
     }
-    picture = file.parent / "images" / f"study-{dataset}.svg"
+    picture = file.parent / "images" / f"{file.stem}-{dataset}.svg"
     plots.dots(picture, f"{dataset}: test NDCG@{K}, mean and standard deviation over seeds", means, f"NDCG@{K}")
     page.figure(picture, file, f"{dataset}: NDCG@{K} of all models")
 
@@ -145,8 +150,8 @@ def score_cell(mean: float, deviation: float | None, bold: bool = False) -> str:
 def _pairs(page: Page, found: Results, dataset: str) -> None:
     models = found.rows[dataset]
     baselines = [model for model in BASELINES if model in models]
-    others = {model: [b for b in baselines if b != model] for model in models}
-    tests = sum(len(against) for against in others.values())
+    pairs = {frozenset((model, baseline)) for model in models for baseline in baselines if model != baseline}
+    tests = 2 * len(pairs)  # each under both protocols
     if not tests:
         return
     heads = ["model"] + [f"NDCG@{K} over {b}, {protocol}" for b in baselines for protocol in (FULL, UNSEEN)]
@@ -158,7 +163,8 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
                 if model == baseline:
                     row.append("")
                     continue
-                own, other = (found.per_user(models[name], protocol) for name in (model, baseline))
+                shared = same_seeds({name: models[name] for name in (model, baseline)})
+                own, other = (found.per_user(runs, protocol) for runs in shared.values())
                 result = compare(own, other, tests)
                 row.append(f"{result.change:+.1%} (p {_p(result.p)})")
         rows.append(row)
@@ -166,7 +172,7 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
 
 
 def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else f"{value:.3f}"[1:] if value < 1 else "1"
+    return "< .001" if value < 0.001 else f"{value:.3f}"[1:] if value < 0.9995 else "1"
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
@@ -193,22 +199,24 @@ def _critical_differences(page: Page, found: Results, study: Study, file: Path) 
         f"differ at 5% where their mean ranks are {difference:.2f} apart. With so few sets only large gaps can show; "
         "the paired tests above look at users instead."
     )
-    picture = file.parent / "images" / "study-ranks.svg"
+    picture = file.parent / "images" / f"{file.stem}-ranks.svg"
     plots.critical_differences(picture, f"Mean rank over {len(sets)} sets, 1 is best", ranks, difference)
     page.figure(picture, file, "Mean ranks and the critical difference")
 
 
+def _score_of(models: dict[str, Rows]) -> Score:
+    def score(model: str, metric: str, protocol: str, beside: str) -> float | None:
+        if model not in models or beside not in models:
+            return None
+        runs = same_seeds({name: models[name] for name in (model, beside)})[model]
+        return spread([run["test"][protocol][metric] for run in runs])[0]
+
+    return score
+
+
 def _claims(page: Page, found: Results) -> None:
-    rows = []
-    for claim in CLAIMS:
-
-        def score(model: str, metric: str, protocol: str, dataset: str = claim.dataset) -> float | None:
-            runs = found.rows.get(dataset, {}).get(model)
-            return spread([run["test"][protocol][metric] for run in runs])[0] if runs else None
-
-        verdict = claim.verdict(score)
-        if verdict is not None:
-            rows.append([f"{claim.dataset}: {claim.text}", *verdict])
+    verdicts = {claim: claim.verdict(_score_of(found.rows.get(claim.dataset, {}))) for claim in CLAIMS}
+    rows = [[f"{claim.dataset}: {claim.text}", *verdict] for claim, verdict in verdicts.items() if verdict is not None]
     page.heading("Do the claims hold?")
     page.text(
         f"Means over seeds of NDCG@{K}, {FULL} where nothing else is said. A difference that holds may still be "
@@ -240,27 +248,31 @@ def _sampled_cell(runs: Rows, mode: str, metric: str) -> str:
 
 
 def _tuning(page: Page, study: Study, store: Store) -> None:
-    rows = list(store.rows.values())
-    if not rows:
+    trials = {
+        dataset: [row for model in study.plan["models"] for row in study.trials_in(store, model, dataset)]
+        for dataset in study.plan["stages"]
+    }
+    if not any(trials.values()):
         return
     page.heading("Tuning")
     page.text(
         "The same budget and space for every model of a set: one trial a value, stage by stage, each stage with what "
         "the one before found; the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` "
-        "reads by itself. Trials never see the test set."
+        "reads by itself (but for models that are run smaller than released). Trials never read the test set."
     )
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+    for dataset, rows in trials.items():
+        if not rows:
+            continue
         stages = "; then ".join(
             f"{key} of {', '.join(map(str, values))}"
             for stage in study.plan["stages"][dataset]
             for key, values in stage.items()
         )
-        epochs, models = study.plan["trial_epochs"][dataset], [r for r in rows if r["dataset"] == dataset]
-        page.text(f"**{dataset}**, {epochs} epochs a trial: {stages}.")
-        keys = list(dict.fromkeys(key for row in models for key in _chosen(row)))
+        page.text(f"**{dataset}**, {study.plan['trial_epochs'][dataset]} epochs a trial: {stages}.")
+        keys = list(dict.fromkeys(key for row in rows for key in _chosen(row)))
         page.table(
             ["model", *keys, "valid NDCG@10"],
-            [[r["model"], *(str(_chosen(r).get(k, "")) for k in keys), f"{r['best_valid_score']:.4f}"] for r in models],
+            [[r["model"], *(str(_chosen(r).get(k, "")) for k in keys), f"{r['best_valid_score']:.4f}"] for r in rows],
         )
 
 
@@ -285,9 +297,13 @@ def _commands(page: Page, found: Results) -> None:
     page.table(heads, rows)
 
 
-def _title(model: str, runs: Rows) -> str:
-    layers = runs[0]["config"].get("num_layers") or runs[0]["config"].get("n_layers")
-    return f"{model}, {layers} layer{'s' * (layers != 1)}"
+def _title(model: str, runs: Rows, common: dict[str, Any]) -> str:
+    """The model's name, its layers, and in what else it differs from the set's other models."""
+    config = runs[0]["config"]
+    layers = config.get("num_layers") or config.get("n_layers")
+    keys = ("hidden_size", "epochs", "train_mode", "lr_scheduler_type")
+    others = [f"{key} {config[key]}" for key in keys if config[key] != common[key]]
+    return ", ".join([model, f"{layers} layer{'s' * (layers != 1)}", *others])
 
 
 def _distinct(values: Iterable[str]) -> str:

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from recbole_ssm import Config
 from recbole_ssm.analysis import Ranks
@@ -50,10 +51,20 @@ class Spec:
             places["data_path"] = data_path
         return Config(self.model, self.dataset, config_dict={**QUIET, **places, "seed": self.seed, **self.settings})
 
+    def resolved(self) -> "Spec":
+        """The same run, with what was tuned for it among its settings."""
+        if not self.settings.get("tuned", True):
+            return self
+        tuned = tuned_settings(self.model, self.dataset)
+        return replace(self, settings={**tuned, **self.settings, "tuned": False})
+
     def identity(self) -> str:
-        """A name for what it computes: its settings above the defaults, whether they were tuned or are asked for."""
-        tuned = tuned_settings(self.model, self.dataset) if self.settings.get("tuned", True) else {}
-        text = json.dumps({**tuned, **self.settings}, sort_keys=True)
+        """A name for what it computes: its settings above the defaults, whether they were tuned or are asked for.
+
+        Of defaults that change, the commits of two rows tell.
+        """
+        settings = {key: value for key, value in self.resolved().settings.items() if key != "tuned"}
+        text = json.dumps(settings, sort_keys=True)
         return f"{self.model}-{self.dataset}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def command(self) -> str:
@@ -76,6 +87,8 @@ def _word(value: Any) -> str:
 class Store:
     """Results in ``<name>.jsonl``, a line a run, and each run's ranks in ``<name>-ranks/``.
 
+    Several commands may add to one store at a time.
+
     Args:
         file: the JSON lines; made with its folder where it is missing.
 
@@ -85,32 +98,44 @@ class Store:
 
     def __init__(self, file: Path):
         self.file, self.ranks = file, file.with_name(f"{file.stem}-ranks")
-        self.rows: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        self.rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for number, line in enumerate(self.file.read_text().splitlines() if self.file.exists() else [], 1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number} is no JSON ({error}): remove the line.") from error
-            self.rows[row["id"]] = row
+                raise UserError(f"{self.file}, line {number} is no JSON ({error}): remove the line.") from error
+            rows[row["id"]] = row
+        return rows
 
     def add(self, row: dict[str, Any], ranks: Path | None) -> None:
         """Keep a run; the file is written anew and moved into place, so that a kill leaves the old or the new one."""
-        if ranks is not None:
-            self.ranks.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ranks, self.ranks / f"{row['id']}.npz")
-        self.rows[row["id"]] = row
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.file.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
-        scratch.replace(self.file)
+        with FileLock(self.file.with_suffix(".lock")):
+            if ranks is not None:
+                self.ranks.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ranks, self.ranks / f"{row['id']}.npz")
+            self.rows = {**self._read(), row["id"]: row}
+            scratch = self.file.with_suffix(".partial")
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
+            scratch.replace(self.file)
 
     def of(self, specs: Iterable[Spec]) -> list[dict[str, Any]]:
         """Rows of those runs that were made, in the order of ``specs``."""
         return [self.rows[name] for name in dict.fromkeys(spec.identity() for spec in specs) if name in self.rows]
 
     def read_ranks(self, identity: str, protocol: str) -> Ranks:
-        """Ranks of a run's test targets; those past the largest k count as infinitely far behind."""
-        with np.load(self.ranks / f"{identity}.npz") as held:
+        """Ranks of a run's test targets; those past the largest k count as infinitely far behind.
+
+        Raises:
+            UserError: where they are missing.
+        """
+        file = self.ranks / f"{identity}.npz"
+        if not file.exists():
+            raise UserError(f"{file} is missing: copy it from where the run was made, or remove its row and run again.")
+        with np.load(file) as held:
             rank = held[protocol].astype(np.int64)
             rank[rank == 0] = np.iinfo(np.int64).max - 1
             return Ranks(held["users"].astype(np.int64), held["lengths"].astype(np.int64), rank)
@@ -136,12 +161,13 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
     missing = {name: spec for name, spec in named.items() if name not in store.rows}
     print(f"{len(named)} runs, {len(named) - len(missing)} of them made before", flush=True)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
-    begin, failed = time.monotonic(), 0
+    begin, made, failed = time.monotonic(), 0, 0
 
     def make(name: str, spec: Spec) -> Path:
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
-        task = {"spec": asdict(spec), "id": name, "data_path": data_path, "rank": rank, "log_as": str(spec)}
+        task = {"spec": asdict(spec), "id": name, "data_path": data_path, "rank": rank}
+        task["settings"] = spec.resolved().settings  # what is tuned now; the files may have changed by its turn
         (folder / "task.json").write_text(json.dumps(task))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
         with open(folder / "log.txt", "a") as log:
@@ -152,7 +178,7 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(make, name, spec): spec for name, spec in missing.items()}
         try:
-            for number, done in enumerate(as_completed(waiting), 1):
+            for done in as_completed(waiting):
                 try:
                     folder = done.result()
                 except subprocess.CalledProcessError as error:
@@ -162,9 +188,10 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
                     continue
                 ranks = folder / "ranks.npz"
                 store.add(json.loads((folder / "row.json").read_text()), ranks if ranks.exists() else None)
+                made += 1
                 minutes = (time.monotonic() - begin) / 60
-                left = minutes / number * (len(missing) - number)
-                print(f"{number} of {len(missing)} made in {minutes:.0f} min, {left:.0f} more", flush=True)
+                left = minutes / made * (len(missing) - made - failed)
+                print(f"{made} of {len(missing)} made in {minutes:.0f} min, {left:.0f} more", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

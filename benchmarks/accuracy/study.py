@@ -1,6 +1,8 @@
 """What is compared and how each model is tuned: ``study.yaml`` as runs, and winners as property files."""
 
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import recbole
 import yaml
 
-from benchmarks.accuracy.runs import Spec
-from recbole_ssm.config import properties_dir
+from benchmarks.accuracy.runs import Spec, Store
+from recbole_ssm.config import properties_dir, tuned_file
 
 FILE = Path(__file__).with_name("study.yaml")
 
@@ -34,10 +36,24 @@ class Study:
         models, seeds = list(models), list(seeds)
         return [self._spec(m, dataset, seed) for dataset in datasets for seed in seeds for m in models]
 
-    def _spec(self, model: str, dataset: str, seed: int) -> Spec:
-        read, run = self.also.get(dataset, {}), self.also.get(model, {})
+    def _spec(self, name: str, dataset_name: str, seed: int) -> Spec:
+        read, run = self.also.get(dataset_name, {}), self.also.get(name, {})
+        model, dataset = run.get("model", name), read.get("dataset", dataset_name)
         settings = {**read.get("settings", {}), **run.get("settings", {})}
-        return Spec(run.get("model", model), read.get("dataset", dataset), seed, settings)
+        if name in self.plan["smaller"] and (file := self.tuned_file(name, dataset)).exists():
+            settings = {"tuned": False, **yaml.safe_load(file.read_text()), **settings}
+        return Spec(model, dataset, seed, settings)
+
+    def tuned_file(self, model: str, dataset: str) -> Path:
+        """Where what tuning finds is written: a property file, but for models that are run smaller than released."""
+        if model in self.plan["smaller"]:
+            return FILE.parent / "tuned" / f"{dataset}-{model}.yaml"
+        return tuned_file(model, dataset)
+
+    def untuned(self, models: Iterable[str], datasets: Iterable[str]) -> list[str]:
+        """Models that tuning must come before, each with its set."""
+        wanted = [(m, d) for d in datasets for m in models if m not in self.also and d in self.plan["stages"]]
+        return [f"{m} on {d}" for m, d in wanted if not self.tuned_file(m, d).exists()]
 
     @property
     def also(self) -> dict[str, dict[str, Any]]:
@@ -78,6 +94,21 @@ class Study:
                 found[key] = max(score, key=lambda value: score[value])
         return self._named(model, found), list(trials.values())
 
+    def trials_in(self, store: Store, model: str, dataset: str) -> list[dict[str, Any]]:
+        """Rows of the trials that tuning as it is planned now has made, or began with."""
+        made: list[dict[str, Any]] = []
+
+        def look_up(specs: list[Spec]) -> list[dict[str, Any]]:
+            rows = store.of(specs)
+            made.extend(row for row in rows if row not in made)
+            if len(rows) < len(specs):
+                raise LookupError
+            return rows
+
+        with suppress(LookupError):
+            self.tune(model, dataset, look_up)
+        return made
+
     def _trial(self, model: str, dataset: str, choices: dict[str, Any]) -> Spec:
         settings = {**self.base(model, dataset), "epochs": self.plan["trial_epochs"][dataset]}
         # tuned: False keeps a winner that was written before from what its own trials start with.
@@ -93,11 +124,6 @@ class Study:
             own = names.get(model, names["default"]) if key == "dropout" else [key]
             named |= dict.fromkeys(own, value)
         return named
-
-    def trials(self, model: str, dataset: str) -> int:
-        """How many trials tuning makes, equal for all models of a set."""
-        sizes = [len(values) for stage in self.plan["stages"][dataset] for values in stage.values()]
-        return sum(sizes) - (len(sizes) - 1)  # a stage begins with the winner of the one before
 
 
 def write_tuned(file: Path, settings: dict[str, Any], trials: list[dict[str, Any]]) -> None:
@@ -123,5 +149,6 @@ def _meaning(model: str, key: str) -> str:
             lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
             found = next((line for line in lines if line.startswith(f"{key}:") and "#" in line), None)
             if found is not None:
-                return found[found.index("#") :].strip()
+                # Not where the value that stood there came from: this one has another source.
+                return re.sub(r" (Paper|Released)\b.*", "", found[found.index("#") :].strip())
     return ""

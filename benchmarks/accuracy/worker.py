@@ -17,7 +17,7 @@ from benchmarks.speed.contenders import hush
 from recbole_ssm.analysis import Ranks, rank_targets
 from recbole_ssm.config import Config
 from recbole_ssm.models.starrec import STARRec
-from recbole_ssm.quick_start import Run, load_data_and_model, train_and_test
+from recbole_ssm.quick_start import Run, config_of, load_data, load_data_and_model, train_and_test
 from recbole_ssm.trainer import get_trainer
 
 TOPK = (5, 10, 20, 50)
@@ -35,10 +35,11 @@ def main(folder: Path) -> None:
     hush()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     spec = Spec(**task["spec"])
-    config = spec.config(task["data_path"], checkpoint_dir=str(folder))
-    checkpoints = sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime)
+    full = Spec(spec.model, spec.dataset, spec.seed, task["settings"])
+    config = full.config(task["data_path"], checkpoint_dir=str(folder))
+    load_data(full.config(task["data_path"], **PROTOCOLS[UNSEEN]))  # what cannot be done is said before it trains
     run = train_and_test(
-        config, resume_file=str(checkpoints[-1]) if checkpoints else None, callback_fn=_progress(spec, config)
+        config, resume_file=_to_resume(folder, config, about), callback_fn=_progress(spec, config), test=task["rank"]
     )
     found, model = _evaluations(run, task["rank"])
     row = {
@@ -50,7 +51,7 @@ def main(folder: Path) -> None:
         "command": spec.command(),
         "valid": {name: ranks.metrics(TOPK) for name, ranks in found["valid"].items()},
         "test": {name: ranks.metrics(TOPK) for name, ranks in found["test"].items()},
-        "recbole_test_result": run.result["test_result"] if task["rank"] else None,
+        "recbole_test_result": run.result["test_result"],
         **_training(run),
         **model,
         "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
@@ -60,6 +61,27 @@ def main(folder: Path) -> None:
         _write_ranks(folder / "ranks.npz", found["test"])
     (folder / "row.json").write_text(json.dumps(row))
     print(f"{spec}: {_summary(row)}", flush=True)
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The checkpoint that a run in this folder wrote last."""
+    return max(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime, default=None)
+
+
+def _to_resume(folder: Path, config: Config, about: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from, if the same code on the same machine wrote it with the same settings."""
+    begun, file = folder / "environment.json", checkpoint_in(folder)
+    same = {key: about[key] for key in ("device", "versions", "commit")}
+    if file is not None:
+        places = ("data_path", "checkpoint_dir")
+        own, its = ({k: v for k, v in c.items() if k not in places} for c in (config.given, config_of(str(file)).given))
+        if begun.exists() and json.loads(begun.read_text()) == same and own == its:
+            return str(file)
+        print(f"{folder.name}: begun by another commit, machine or settings; it starts anew", flush=True)
+        for old in folder.glob("*.pth"):
+            old.rename(old.with_suffix(".old"))
+    begun.write_text(json.dumps(same))
+    return None
 
 
 def _progress(spec: Spec, config: Config):

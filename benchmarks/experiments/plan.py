@@ -22,6 +22,7 @@ class Experiment:
         models: models that are varied alike.
         variants: settings by the variant's name, in the order of the table; ``{}`` is the model as tuned.
         xlabel: what the variants are numbers of, where they are; a line is drawn then, else bars.
+        datasets: the only sets on which it makes sense; all where absent.
     """
 
     title: str
@@ -29,9 +30,12 @@ class Experiment:
     models: tuple[str, ...]
     variants: dict[str, Settings]
     xlabel: str | None = None
+    datasets: tuple[str, ...] | None = None
 
     def specs(self, dataset: str, seeds: Iterable[int]) -> dict[tuple[str, str], list[Spec]]:
-        """Runs on a set by model and variant, one a seed."""
+        """Runs on a set by model and variant, one a seed; none where the set is not among ``datasets``."""
+        if self.datasets is not None and dataset not in self.datasets:
+            return {}
         shared = SHORTER.get(dataset, {})
         return {
             (model, name): [Spec(model, dataset, seed, {**shared, **settings}) for seed in seeds]
@@ -100,6 +104,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "STAR-Rec, open question; of the sets here ml-100k alone has a clock",
         ("STARRec",),
         {"order alone": {}, "time gaps": {"use_time_gaps": True}},
+        datasets=("ml-100k",),
     ),
     "window": Experiment(
         "How far back must attention look?",

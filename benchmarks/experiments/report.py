@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.accuracy.report import Results, score_cell
+from benchmarks.accuracy.parts import LENGTHS
+from benchmarks.accuracy.report import K, Results, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
@@ -16,9 +17,6 @@ from benchmarks.accuracy.worker import FULL, UNSEEN
 from benchmarks.experiments.plan import EXPERIMENTS, Experiment
 from benchmarks.pages import Page
 from recbole_ssm.analysis.ranking import length_buckets
-
-K = 10
-LENGTHS = (1, 5, 10, 20, 50, 100, 200)
 
 # The runs of an experiment on one set: by model and variant, a row of the result file a seed.
 Rows = dict[tuple[str, str], list[dict[str, Any]]]
@@ -54,7 +52,7 @@ def write_pages(results: Path, file: Path) -> None:
 def _rows(store: Store, experiment: Experiment, dataset: str, study: Study) -> Rows:
     specs = experiment.specs(dataset, study.plan["seeds"])
     found = {key: store.of(seeds) for key, seeds in specs.items()}
-    return {key: rows for key, rows in found.items() if rows}
+    return same_seeds({key: rows for key, rows in found.items() if rows})
 
 
 def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | None]:
@@ -79,7 +77,7 @@ def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None
 
 
 def _picture(page: Page, file: Path, name: str, experiment: Experiment, dataset: str, rows: Rows) -> None:
-    picture = file.parent / "images" / f"experiment-{name}-{dataset}.svg"
+    picture = file.parent / "images" / f"{file.stem}-{name}-{dataset}.svg"
     title = f"{dataset}: {experiment.title}"
     if experiment.xlabel is None:
         plots.dots(picture, title, {variant: _ndcg(own, FULL) for (_, variant), own in rows.items()}, f"NDCG@{K}")
@@ -114,7 +112,7 @@ def _fusion(page: Page, file: Path, found: dict[str, Rows]) -> None:
                 series[f"{variant}, {length}"] = {"attention": attention, "state space": 1 - attention}
         if lines:
             page.table(["trained with", "history of", "attention, gamma_1", "state space, gamma_2"], lines)
-            picture = file.parent / "images" / f"experiment-gamma-{dataset}-{len(series)}.svg"
+            picture = file.parent / "images" / f"{file.stem}-gamma-{dataset}.svg"
             plots.stacked_bars(picture, f"{dataset}: fusion weights by length of the history", series, "share")
             page.figure(picture, file, f"{dataset}: fusion weights")
 
@@ -151,21 +149,25 @@ def _experts(page: Page, file: Path, found: dict[str, Rows]) -> None:
             "user's gate (0: one expert alone, 1: all alike)."
         )
         page.table(["trained with", *(str(i + 1) for i in range(count)), "entropy"], lines)
-        picture = file.parent / "images" / f"experiment-experts-share-{dataset}.svg"
+        picture = file.parent / "images" / f"{file.stem}-experts-share-{dataset}.svg"
         plots.stacked_bars(picture, f"{dataset}: shares of the experts", series, "share of the gate's mass")
         page.figure(picture, file, f"{dataset}: shares of the experts")
-        _by_category(page, dataset, next(iter(rows.values()))[0])
+        for (_, variant), own in rows.items():
+            _by_category(page, f"{dataset}, {variant}", own[0])
 
 
-def _by_category(page: Page, dataset: str, row: dict[str, Any]) -> None:
-    table = row.get("parts", {}).get("experts", {}).get("by_category")
-    if not table:
+def _by_category(page: Page, name: str, row: dict[str, Any]) -> None:
+    experts = row.get("parts", {}).get("experts", {})
+    if "by_category" not in experts:
         return
-    page.text(f"{dataset}: the mean gate of users, weighted by the share of each genre in their history.")
-    count = len(next(iter(table.values())))
+    page.text(
+        f"{name}, seed {row['seed']}: the mean gate of users, weighted by the share of each genre in their history; "
+        "experts in the order of their shares."
+    )
+    order = np.argsort(experts["share"])[::-1]
     page.table(
-        ["genre", *(f"expert {i + 1}" for i in range(count))],
-        [[genre, *(f"{share:.1%}" for share in gate)] for genre, gate in table.items() if sum(gate)],
+        ["genre", *(str(i + 1) for i in range(len(order)))],
+        [[genre, *(f"{gate[i]:.1%}" for i in order)] for genre, gate in experts["by_category"].items() if sum(gate)],
     )
 
 
@@ -192,7 +194,7 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
             best = max(means.values())
             lines.append([name, f"{len(users):,}", *(score_cell(m, None, bold=m == best) for m in means.values())])
         page.table([f"{dataset}: items before the target", "users", *models], lines)
-        picture = file.parent / "images" / f"experiment-by-length-{dataset}.svg"
+        picture = file.parent / "images" / f"{file.stem}-by-length-{dataset}.svg"
         places = {float(place): name for place, name in enumerate(buckets)}
         series = {
             model: [(place, float(score[buckets[name]].mean())) for place, name in places.items()]

@@ -51,14 +51,14 @@ def expert_gates(model: STARRec, eval_data) -> np.ndarray:
         eval_data: validation or test loader.
 
     Raises:
-        UserError: for a model without one.
+        UserError: for a model without one, or whose mixture routes positions instead of histories.
     """
-    if model.mixture is None:
-        raise UserError("this model has no mixture of experts (use_moe is off).")
+    if model.mixture is None or model.routes_positions:
+        raise UserError("this model has no mixture of experts for histories (use_moe is off, or moe_level: position).")
     return _outputs(model, eval_data, model.mixture.gate).softmax(-1).numpy()
 
 
 def gate_entropy(gates: np.ndarray) -> np.ndarray:
     """Entropy of each row's gate in units of its largest, ``[N]``: 0 for one expert alone, 1 for all alike."""
     logs = np.log(np.maximum(gates, np.finfo(gates.dtype).tiny))
-    return -(gates * logs).sum(1) / np.log(gates.shape[1])
+    return -(gates * logs).sum(1) / np.log(max(2, gates.shape[1]))

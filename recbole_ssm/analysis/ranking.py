@@ -6,8 +6,10 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 
 from recbole_ssm.data.sequence_dataset import SequenceDataset
+from recbole_ssm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,17 @@ def length_buckets(lengths: np.ndarray, borders: Sequence[int]) -> dict[str, np.
 def rank_targets(trainer, eval_data) -> Ranks:
     """Rank every row's target among all items, or among the unseen ones where ``exclude_history`` is set.
 
+    Of candidates with the target's own score none counts as ahead of it.
+
     Args:
         trainer: trainer of the model, from :func:`recbole_ssm.trainer.get_trainer`.
-        eval_data: validation or test loader of a leave-one-out split, in full ranking.
+        eval_data: validation or test loader of a leave-one-out split.
+
+    Raises:
+        UserError: for a loader that does not rank all items, or of rows that RecBole has copied.
     """
+    if not (isinstance(eval_data, FullSortEvalDataLoader) and isinstance(eval_data._dataset, SequenceDataset)):
+        raise UserError("ranks need full ranking of whole histories: a model of this package, or train_mode: sequence.")
     trainer.model.eval()
     trainer.tot_item_num = eval_data._dataset.item_num
     dataset: SequenceDataset = eval_data._dataset
@@ -73,7 +82,7 @@ def rank_targets(trainer, eval_data) -> Ranks:
         with trainer._precision_of_evaluation():
             rows, scores, _, targets = trainer._full_sort_batch_eval(batch)
         own = scores.gather(1, targets[:, None].to(scores.device))
-        ranks.append((1 + (scores > own).sum(1)).cpu())
+        ranks.append((1 + (~(scores <= own)).sum(1)).cpu())  # NaN is no good score: it puts a target last
         users.append(rows[dataset.uid_field].cpu())
         place = rows[SequenceDataset.TARGET_POSITION].cpu()
         lengths.append(place - dataset.user_start[place])

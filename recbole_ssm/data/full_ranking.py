@@ -9,8 +9,8 @@ from recbole_ssm.data.sequence_dataset import SequenceDataset
 class UnseenItemsDataLoader(FullSortEvalDataLoader):
     """RecBole's full ranking of a sequential model, without the items of the whole history before the target.
 
-    That is how RecBole ranks for its general models, and how SASRec's and gSASRec's own code evaluate. A target that
-    the history holds already stays a candidate.
+    That is how RecBole ranks for its general models, and how gSASRec's own code evaluates. A target that the history
+    holds already stays a candidate.
     """
 
     _dataset: SequenceDataset

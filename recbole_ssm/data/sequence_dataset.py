@@ -15,7 +15,7 @@ from recbole_ssm.data.atomic_files import AtomicFiles
 from recbole_ssm.errors import UserError
 
 # Time gaps are told apart by powers of 2 of the timestamp's unit; 0 is that before a user's first interaction.
-N_TIME_GAPS = 42
+N_TIME_GAPS = 65
 
 
 def time_gaps(time: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from recbole_ssm.errors import UserError
 SCORES_AT_A_TIME = (1 << 22, 1 << 28)
 
 # What a saved dataset was made with, beside RecBole's dataset_arguments.
-OWN_ARGUMENTS = ("seed", "repeatable", "time_order", "use_time_gaps")
+OWN_ARGUMENTS = ("seed", "repeatable", "time_order")
 
 DATASET_CLASSES = {
     ModelType.SEQUENTIAL: "SequentialDataset",
@@ -56,7 +56,8 @@ def create_dataset(config):
     if os.path.exists(file):
         with open(file, "rb") as f:
             saved = pickle.load(f)
-        if all(config[key] == saved.config[key] for key in [*dataset_arguments, *OWN_ARGUMENTS]):
+        same = all(config[key] == saved.config[key] for key in [*dataset_arguments, *OWN_ARGUMENTS])
+        if same and bool(config["use_time_gaps"]) == bool(saved.config["use_time_gaps"]):
             logging.getLogger().info(set_color("Load filtered dataset from", "pink") + f": [{file}]")
             return saved
     dataset = cls(config)

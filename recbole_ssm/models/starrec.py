@@ -93,7 +93,7 @@ class STARRec(PackedRecommender):
         if self.routes_positions and config["train_mode"] == "prefix":
             raise UserError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
-        self._mixed: Mixture | None = None  # of the latest pass, for the loss
+        self._mixed: Mixture | None = None  # with routes_positions, of a training step between encode and loss
         self.apply(init_weights)
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
@@ -106,31 +106,29 @@ class STARRec(PackedRecommender):
         if self.time_gap_embedding is not None:
             hidden = hidden + self.time_gap_embedding(items[:, 1])
         hidden = self.norm(self.dropout(hidden))
-        if self.routes_positions:
-            hidden = self._mix(hidden)
+        if self.mixture is not None and self.routes_positions:
+            mixed = self.mixture(hidden)
+            hidden, self._mixed = mixed.output, mixed if self.training else None
         for layer in self.layers[:-1]:
             hidden = layer(hidden, item_embedding, cu_seqlens)
         return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
 
-    def _mix(self, hidden: Tensor) -> Tensor:
-        if self.mixture is None:
-            return hidden
-        mixed = self.mixture(hidden)
-        self._mixed = mixed if torch.is_grad_enabled() else None
-        return mixed.output
-
     def read_out(self, hidden: Tensor) -> Tensor:
         """The mixture of experts, or ``hidden`` itself where there is none here."""
-        return hidden if self.routes_positions else self._mix(hidden)
+        return hidden if self.mixture is None or self.routes_positions else self.mixture(hidden).output
 
     def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
-        ranking_loss = self.ranking_loss(self.read_out(hidden), positives, negatives)
-        if self._mixed is None:
-            return ranking_loss
-        terms, (mixed, self._mixed) = [ranking_loss], (self._mixed, None)
-        if self.diversity_weight:
+        if self.mixture is None:
+            return self.ranking_loss(hidden, positives, negatives)
+        if self.routes_positions:
+            mixed, self._mixed = self._mixed, None
+        else:
+            mixed = self.mixture(hidden)
+            hidden = mixed.output
+        terms = [self.ranking_loss(hidden, positives, negatives)]
+        if self.diversity_weight and mixed is not None:
             terms.append(self.diversity_weight * expert_diversity(mixed.experts))
-        if self.balance_weight:
+        if self.balance_weight and mixed is not None:
             terms.append(self.balance_weight * load_balance(mixed.gate, mixed.chosen))
         return tuple(terms) if len(terms) > 1 else terms[0]

@@ -141,8 +141,22 @@ def test_expert_gates():
     np.testing.assert_allclose(gates, [[1, 0, 0]] * len(test_data._dataset), atol=1e-6)
     np.testing.assert_allclose(gate_entropy(gates), 0, atol=1e-6)
     np.testing.assert_allclose(gate_entropy(np.full((2, 4), 0.25)), 1)
-    with pytest.raises(UserError, match="no mixture of experts"):
-        expert_gates(trained("STARRec", use_moe=False)[0], test_data)
+    for switch in ({"use_moe": False}, {"moe_level": "position"}):
+        with pytest.raises(UserError, match="no mixture of experts for histories"):
+            expert_gates(trained("STARRec", **switch)[0], test_data)
+
+
+def test_a_broken_model_ranks_nothing_first():
+    model, trainer, (_, _, test_data) = trained("Mamba4Rec")
+    with torch.no_grad():
+        model.item_embedding.weight.fill_(float("nan"))
+    assert rank_targets(trainer, test_data).metrics([10])["recall@10"] == 0
+
+
+def test_ranks_need_full_ranking():
+    _, trainer, (_, _, test_data) = trained("Mamba4Rec", eval_args={"mode": "uni10"})
+    with pytest.raises(UserError, match="ranks need full ranking of whole histories"):
+        rank_targets(trainer, test_data)
 
 
 def test_history_categories():

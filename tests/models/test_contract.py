@@ -223,3 +223,18 @@ def test_starrecs_loss_holds_the_terms_of_its_mixture(level):
 def test_routing_positions_needs_whole_histories():
     with pytest.raises(UserError, match="moe_level: position learns from whole histories alone"):
         build("STARRec", moe_level="position", train_mode="prefix")
+
+
+def test_temperature_makes_scores_cosines():
+    _, model, (_, _, test_data) = build("Mamba4Rec", temperature=0.2)
+    row = test_data._dataset[np.arange(4)]
+    with torch.no_grad():
+        scores = model.eval().full_sort_predict(row)
+        hidden = model(row["item_id_list"], row["item_length"])
+        cosine = torch.cosine_similarity(hidden[:, None], model.item_embedding.weight, dim=-1)
+    torch.testing.assert_close(scores, cosine / 0.2)
+    (batch,) = [next(iter(build("Mamba4Rec", temperature=0.2)[2][0]))]
+    hidden = model.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
+    cosine = torch.cosine_similarity(hidden[:, None], model.item_embedding.weight, dim=-1)
+    expected = torch.nn.functional.cross_entropy(cosine / 0.2, batch.targets)
+    torch.testing.assert_close(model.calculate_loss(batch), expected)
