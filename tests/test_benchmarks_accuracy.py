@@ -110,15 +110,7 @@ def test_what_was_tuned_is_part_of_a_runs_identity(monkeypatch):
 def test_a_killed_study_goes_on(tiny, capfd):
     """SIGKILL of a run in mid-training; the next call takes its checkpoint up, and ends like one never killed."""
     chosen = spec(epochs=400, stopping_step=1000, learning_rate=1e-5)
-    folder = Path("work", chosen.identity()).resolve()
-    folder.mkdir(parents=True)
-    task = {
-        "spec": runs.asdict(chosen),
-        "id": chosen.identity(),
-        "data_path": str(Path("dataset").resolve()),
-        "rank": True,
-    }
-    (folder / "task.json").write_text(json.dumps(task))
+    folder = runs.write_task(Path("work").resolve(), chosen, str(Path("dataset").resolve()), rank=True)
     command = [sys.executable, "-m", "benchmarks.accuracy.worker", str(folder)]
     process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:

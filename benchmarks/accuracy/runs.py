@@ -163,12 +163,8 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
     begin, made, failed = time.monotonic(), 0, 0
 
-    def make(name: str, spec: Spec) -> Path:
-        folder = work / name
-        folder.mkdir(parents=True, exist_ok=True)
-        task = {"spec": asdict(spec), "id": name, "data_path": data_path, "rank": rank}
-        task["settings"] = spec.resolved().settings  # what is tuned now; the files may have changed by its turn
-        (folder / "task.json").write_text(json.dumps(task))
+    def make(spec: Spec) -> Path:
+        folder = write_task(work, spec, data_path, rank)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
         with open(folder / "log.txt", "a") as log:
             command = [sys.executable, "-m", "benchmarks.accuracy.worker", str(folder)]
@@ -176,7 +172,7 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
         return folder
 
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(make, name, spec): spec for name, spec in missing.items()}
+        waiting = {pool.submit(make, spec): spec for spec in missing.values()}
         try:
             for done in as_completed(waiting):
                 try:
@@ -197,6 +193,17 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
             raise
     if failed:
         print(f"{failed} runs failed; the same command tries them again", flush=True)
+
+
+def write_task(work: Path, spec: Spec, data_path: str | None, rank: bool) -> Path:
+    """Make a run's folder, which tells the worker what to do."""
+    folder = work / spec.identity()
+    folder.mkdir(parents=True, exist_ok=True)
+    # With what is tuned now; the files may have changed when the worker reads them.
+    settings = spec.resolved().settings
+    task = {"spec": asdict(spec), "settings": settings, "id": folder.name, "data_path": data_path, "rank": rank}
+    (folder / "task.json").write_text(json.dumps(task))
+    return folder
 
 
 def _last_line(log: Path) -> str:
