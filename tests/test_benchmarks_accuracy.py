@@ -293,6 +293,7 @@ def test_claims_are_held_against_the_numbers():
 
 def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
     monkeypatch.setattr(Study, "grid", lambda *_: [spec(epochs=1)])
+    monkeypatch.setattr(Study, "untuned", lambda *_: [])
     page, _ = run(monkeypatch, "accuracy", "--models", "Mamba4Rec", "--jobs", "2", "--sampled")
     (row,) = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
     assert set(row["sampled"]) == {"uni100", "pop100"}

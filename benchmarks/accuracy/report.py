@@ -302,7 +302,7 @@ def _title(model: str, runs: Rows, common: dict[str, Any]) -> str:
     config = runs[0]["config"]
     layers = config.get("num_layers") or config.get("n_layers")
     keys = ("hidden_size", "epochs", "train_mode", "lr_scheduler_type")
-    others = [f"{key} {config[key]}" for key in keys if config.get(key) != common.get(key)]
+    others = [f"{key} {config.get(key)}" for key in keys if config.get(key) != common.get(key)]
     return ", ".join([model, f"{layers} layer{'s' * (layers != 1)}", *others])
 
 
