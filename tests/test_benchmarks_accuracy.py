@@ -16,6 +16,7 @@ import benchmarks
 from benchmarks import __main__, plots
 from benchmarks.accuracy import runs, study
 from benchmarks.accuracy.claims import CLAIMS
+from benchmarks.accuracy.report import same_seeds
 from benchmarks.accuracy.runs import Spec, Store
 from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
@@ -299,3 +300,10 @@ def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
     assert set(row["sampled"]) == {"uni100", "pop100"}
     assert row["sampled"]["uni100"]["ndcg@10"] > row["test"][FULL]["ndcg@10"]
     assert "these are no full ranking" in page
+
+
+def test_means_are_compared_over_the_same_seeds():
+    rows = {"a": [{"seed": 1}, {"seed": 2}, {"seed": 3}], "b": [{"seed": 2}], "c": [{"seed": 2}, {"seed": 3}]}
+    assert same_seeds(rows) == {"a": [{"seed": 2}], "b": [{"seed": 2}], "c": [{"seed": 2}]}
+    assert same_seeds({"a": [{"seed": 1}], "b": [{"seed": 2}]}) == {"a": [{"seed": 1}], "b": [{"seed": 2}]}
+    assert same_seeds({}) == {}

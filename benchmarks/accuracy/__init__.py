@@ -5,10 +5,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy.runs import QUIET, ROOT, Spec, Store, run_all
+from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
 from benchmarks.accuracy.study import Study, write_tuned
 from benchmarks.accuracy.worker import checkpoint_in
-from benchmarks.speed.contenders import hush
+from benchmarks.speed.contenders import QUIET, hush
 from recbole_ssm.quick_start import evaluate
 
 # Candidates of papers that sampled: the target and so many items drawn uniformly, or by popularity.

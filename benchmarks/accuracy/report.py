@@ -39,11 +39,14 @@ class Results:
 
     def __init__(self, store: Store, study: Study):
         self.store = store
-        plan = study.plan
+        datasets, models = (
+            dict.fromkeys([*names, *(row[key] for row in store.rows.values())])
+            for key, names in (("dataset", study.plan["datasets"]), ("model", study.model_names))
+        )
         self.rows: dict[str, dict[str, Rows]] = {}
-        for dataset in plan["datasets"]:
-            for model in study.model_names:
-                rows = store.of(study.grid([model], [dataset], plan["seeds"]))
+        for dataset in datasets:
+            for model in models:
+                rows = store.of(study.grid([model], [dataset], store.seeds()))
                 if rows:
                     self.rows.setdefault(dataset, {})[model] = rows
 
@@ -258,7 +261,7 @@ def _tuning(page: Page, study: Study, store: Store) -> None:
     page.text(
         "The same budget and space for every model of a set: one trial a value, stage by stage, each stage with what "
         "the one before found; the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` "
-        "reads by itself (but for models that are run smaller than released). Trials never read the test set."
+        "reads by itself (but for models that are run smaller than released). Trials know the validation set alone."
     )
     for dataset, rows in trials.items():
         if not rows:

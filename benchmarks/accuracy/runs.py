@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from benchmarks.speed.contenders import QUIET
 from recbole_ssm import Config
 from recbole_ssm.analysis import Ranks
 from recbole_ssm.config import tuned_settings
@@ -25,8 +26,6 @@ ROOT = Path(__file__).parents[2]
 
 # The set that RecBole ships, and looks for in its own folder.
 SHIPPED = "ml-100k"
-
-QUIET = {"state": "ERROR", "show_progress": False}
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,10 @@ class Store:
     def of(self, specs: Iterable[Spec]) -> list[dict[str, Any]]:
         """Rows of those runs that were made, in the order of ``specs``."""
         return [self.rows[name] for name in dict.fromkeys(spec.identity() for spec in specs) if name in self.rows]
+
+    def seeds(self) -> list[int]:
+        """All seeds of any run."""
+        return sorted({row["seed"] for row in self.rows.values()})
 
     def read_ranks(self, identity: str, protocol: str) -> Ranks:
         """Ranks of a run's test targets; those past the largest k count as infinitely far behind.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.parts import summary_of_parts
-from benchmarks.accuracy.runs import QUIET, Spec
+from benchmarks.accuracy.runs import Spec
 from benchmarks.environment import environment
-from benchmarks.speed.contenders import hush
+from benchmarks.speed.contenders import QUIET, hush
 from recbole_ssm.analysis import Ranks, rank_targets
 from recbole_ssm.config import Config
 from recbole_ssm.models.starrec import STARRec

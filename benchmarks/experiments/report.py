@@ -33,7 +33,7 @@ def write_pages(results: Path, file: Path) -> None:
         "some percent are noise."
     )
     for name, experiment in EXPERIMENTS.items():
-        found = {dataset: _rows(store, experiment, dataset, study) for dataset in study.plan["datasets"]}
+        found = {dataset: _rows(store, experiment, dataset) for dataset in study.plan["datasets"]}
         found = {dataset: rows for dataset, rows in found.items() if len(rows) > len(experiment.models)}
         if not found:
             continue
@@ -49,8 +49,8 @@ def write_pages(results: Path, file: Path) -> None:
     print(f"written: {file} and {file.with_suffix('.html')}")
 
 
-def _rows(store: Store, experiment: Experiment, dataset: str, study: Study) -> Rows:
-    specs = experiment.specs(dataset, study.plan["seeds"])
+def _rows(store: Store, experiment: Experiment, dataset: str) -> Rows:
+    specs = experiment.specs(dataset, store.seeds())
     found = {key: store.of(seeds) for key, seeds in specs.items()}
     return same_seeds({key: rows for key, rows in found.items() if rows})
 
