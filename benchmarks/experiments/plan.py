@@ -113,6 +113,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         {**_values("attention_window", (5, 10, 20, 50)), "all": {}},
         "attention window",
     ),
+    "training": Experiment(
+        "What else does training hang on?",
+        "not in the papers: what was tried beside learning rate and dropout",
+        ("STARRec", "Mamba4Rec"),
+        {
+            "as tuned": {},
+            "constant learning rate": {"lr_scheduler_type": "constant"},
+            "1,024 targets a step": {"train_batch_size": 1024},
+            "no dropout": {"dropout_prob": 0.0},
+            "hidden size 128": {"hidden_size": 128},
+            "weight decay 0.01": {"learner": "adamw", "weight_decay": 0.01},
+            "label smoothing 0.1": {"label_smoothing": 0.1},
+            "cosine scores over 0.07": {"temperature": 0.07},
+            "gBCE, 256 negatives": {"loss_type": "gBCE"},
+            "sampled softmax, 256 negatives": {"loss_type": "SampledSoftmax"},
+        },
+    ),
     "beta": Experiment(
         "What does reading backwards give?",
         "SSD4Rec, figure 3",

@@ -106,7 +106,10 @@ def _fusion(page: Page, file: Path, found: dict[str, Rows]) -> None:
         lines, series = [], {}
         for (_, variant), own in rows.items():
             weights = [row["parts"]["fusion"] for row in own if "fusion" in row.get("parts", {})]
-            for length in weights[0] if weights else []:
+            lengths = list(weights[0]) if weights else []
+            if not own[0]["config"]["input_dependent_fusion"]:
+                lengths = lengths and ["all"]  # the same for every history
+            for length in lengths:
                 attention = mean(weight[length][0] for weight in weights)
                 lines.append([f"{dataset}, {variant}", length, f"{attention:.3f}", f"{1 - attention:.3f}"])
                 series[f"{variant}, {length}"] = {"attention": attention, "state space": 1 - attention}
