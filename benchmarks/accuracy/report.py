@@ -109,7 +109,7 @@ def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path)
         f"{_distinct(str(row['seed']) for rows in models.values() for row in rows)}. "
         f"{study.plan['notes'].get(dataset, '')}"
     )
-    heads = ["model", "seeds", *(f"{metric}@{K}, {protocol}" for protocol in (FULL, UNSEEN) for metric in METRICS)]
+    heads = ["model", "seeds", *(f"{name}@{K}, {protocol}" for protocol in (FULL, UNSEEN) for name in METRICS.values())]
     heads += ["epochs to best", "minutes to best", "parameters"]
     cells = {(metric, protocol): _column(models, metric, protocol) for protocol in (FULL, UNSEEN) for metric in METRICS}
     rows = []
@@ -133,7 +133,7 @@ def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path)
     page.figure(picture, file, f"{dataset}: NDCG@{K} of all models")
 
 
-METRICS = ("ndcg", "recall", "mrr")
+METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}
 
 
 def _column(models: dict[str, Rows], metric: str, protocol: str, k: int = K) -> dict[str, str]:
@@ -180,7 +180,7 @@ def _p(value: float) -> str:
 
 def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
     others = [k for k in TOPK if k != K]
-    heads = ["model", *(f"{metric}@{k}, {p}" for p in (FULL, UNSEEN) for k in others for metric in ("ndcg", "recall"))]
+    heads = ["model", *(f"{m}@{k}, {p}" for p in (FULL, UNSEEN) for k in others for m in ("NDCG", "Recall"))]
     cells = [_column(models, metric, p, k) for p in (FULL, UNSEEN) for k in others for metric in ("ndcg", "recall")]
     page.table(heads, [[model, *(column[model] for column in cells)] for model in models])
 
@@ -243,7 +243,7 @@ def _sampled(page: Page, found: Results) -> None:
             "popularity (`pop100`), and with nothing else: **these are no full ranking**. The same models as above; "
             "`run_recbole --mode evaluate --checkpoint FILE --eval_args=\"{'mode': 'uni100'}\"`."
         )
-        page.table(["set, model", "candidates", "seeds", *(f"{metric}@{K}" for metric in METRICS)], rows)
+        page.table(["set, model", "candidates", "seeds", *(f"{name}@{K}" for name in METRICS.values())], rows)
 
 
 def _sampled_cell(runs: Rows, mode: str, metric: str) -> str:

@@ -187,7 +187,8 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
         return
     page.heading("Who is served how well, by length of the history")
     page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds.")
-    for dataset, models in results.rows.items():
+    for dataset, rows in results.rows.items():
+        models = same_seeds(rows)
         first = next(iter(models.values()))[0]
         buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
         scores = {model: results.per_user(rows, FULL) for model, rows in models.items()}
