@@ -273,6 +273,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         [sys.executable, "-m", "recbole_ssm", "-m", "Mamba4Rec", "-d", "tiny", "--show_progress=False", *settings,
          "--epochs=100000", "--stopping_step=100000"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
+        # Where these tests are a background job, whatever they start ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:
         if "epoch 3 training" in line:
