@@ -71,7 +71,8 @@ def checkpoint_in(folder: Path) -> Path | None:
 def _to_resume(folder: Path, config: Config, about: dict[str, Any]) -> str | None:
     """The checkpoint to go on from, if the same code on the same machine wrote it with the same settings."""
     begun, file = folder / "environment.json", checkpoint_in(folder)
-    same = {key: about[key] for key in ("device", "versions", "commit")}
+    machine = about["device"].removesuffix(f", {about['threads']} threads")  # --jobs may differ
+    same = {"device": machine, **{key: about[key] for key in ("versions", "commit")}}
     if file is not None:
         places = ("data_path", "checkpoint_dir")
         own, its = ({k: v for k, v in c.items() if k not in places} for c in (config.given, config_of(str(file)).given))
