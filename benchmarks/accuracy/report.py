@@ -17,6 +17,7 @@ from benchmarks.report import versions
 
 BASELINES = ("SASRec", "Mamba4Rec")
 K = 10
+METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}
 
 Rows = list[dict[str, Any]]
 
@@ -27,6 +28,11 @@ def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
     if not shared:
         return rows
     return {key: [row for row in own if row["seed"] in shared] for key, own in rows.items()}
+
+
+def beside(models: dict[str, Rows], model: str, other: str) -> Rows:
+    """A model's rows of those seeds that the other one has, too."""
+    return same_seeds({name: models[name] for name in (model, other)})[model]
 
 
 class Results:
@@ -133,9 +139,6 @@ def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path)
     page.figure(picture, file, f"{dataset}: NDCG@{K} of all models")
 
 
-METRICS = {"ndcg": "NDCG", "recall": "Recall", "mrr": "MRR"}
-
-
 def _column(models: dict[str, Rows], metric: str, protocol: str, k: int = K) -> dict[str, str]:
     """Each model's mean and deviation, the best mean in bold."""
     values = {m: spread([row["test"][protocol][f"{metric}@{k}"] for row in rows]) for m, rows in models.items()}
@@ -166,8 +169,8 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
                 if model == baseline:
                     row.append("")
                     continue
-                shared = same_seeds({name: models[name] for name in (model, baseline)})
-                own, other = (found.per_user(runs, protocol) for runs in shared.values())
+                own = found.per_user(beside(models, model, baseline), protocol)
+                other = found.per_user(beside(models, baseline, model), protocol)
                 result = compare(own, other, tests)
                 row.append(f"{result.change:+.1%} (p {_p(result.p)})")
         rows.append(row)
@@ -208,11 +211,10 @@ def _critical_differences(page: Page, found: Results, study: Study, file: Path) 
 
 
 def _score_of(models: dict[str, Rows]) -> Score:
-    def score(model: str, metric: str, protocol: str, beside: str) -> float | None:
-        if model not in models or beside not in models:
+    def score(model: str, metric: str, protocol: str, other: str) -> float | None:
+        if model not in models or other not in models:
             return None
-        runs = same_seeds({name: models[name] for name in (model, beside)})[model]
-        return spread([run["test"][protocol][metric] for run in runs])[0]
+        return spread([run["test"][protocol][metric] for run in beside(models, model, other)])[0]
 
     return score
 
