@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
@@ -48,9 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.report:
         if arguments.tune:
             _tune(arguments, study)
-        missing = study.untuned(arguments.models, arguments.datasets if arguments.seeds else [])
-        if missing:
-            raise SystemExit(f"nothing was tuned yet for {', '.join(missing)}: add --tune, or name other --models")
+        refuse_untuned(study, arguments.models, arguments.datasets if arguments.seeds else [])
         specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
         store = Store(arguments.results / "runs.jsonl")
         run_specs(arguments, specs, store)
@@ -67,6 +66,14 @@ def begin() -> None:
         raise SystemExit("the pictures need matplotlib: pip install 'recbole-ssm[bench]'")
     del sys.argv[1:]  # RecBole reads settings from there, and these options are none
     hush()
+
+
+def refuse_untuned(study: Study, models: Iterable[str], datasets: Iterable[str]) -> None:
+    """Stop before the first run where one has no tuned settings."""
+    missing = study.untuned(models, datasets)
+    if missing:
+        words = "python -m benchmarks accuracy --tune"
+        raise SystemExit(f"nothing was tuned yet for {', '.join(missing)}: {words} does it; or name other --models")
 
 
 def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, rank: bool = True) -> None:

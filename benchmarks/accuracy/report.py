@@ -60,10 +60,6 @@ class Results:
         """Every row."""
         return [row for models in self.rows.values() for rows in models.values() for row in rows]
 
-    def per_user(self, rows: Rows, protocol: str) -> np.ndarray:
-        """NDCG@10 of each user, the mean over seeds, ``[N]``."""
-        return np.mean([self.store.read_ranks(row["id"], protocol).ndcg(K) for row in rows], axis=0)
-
 
 def write_pages(results: Path, file: Path) -> None:
     """Write the page and its pictures from the result files in a folder."""
@@ -169,16 +165,18 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
                 if model == baseline:
                     row.append("")
                     continue
-                own = found.per_user(beside(models, model, baseline), protocol)
-                other = found.per_user(beside(models, baseline, model), protocol)
-                result = compare(own, other, tests)
-                row.append(f"{result.change:+.1%} (p {_p(result.p)})")
+                row.append(gain_cell(found.store, models, model, baseline, protocol, tests))
         rows.append(row)
     page.table(heads, rows)
 
 
-def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else f"{value:.3f}"[1:] if value < 0.9995 else "1"
+def gain_cell(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> str:
+    """How far a model is above another one over the seeds of both, and by what chance it might not be."""
+    own = store.user_ndcg(beside(models, model, other), protocol, K)
+    others = store.user_ndcg(beside(models, other, model), protocol, K)
+    found = compare(own, others, tests)
+    p = "< .001" if found.p < 0.001 else f"{found.p:.3f}"[1:] if found.p < 0.9995 else "1"
+    return f"{found.change:+.1%} (p {p})"
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows]) -> None:
@@ -274,18 +272,16 @@ def _tuning(page: Page, study: Study, store: Store) -> None:
             for key, values in stage.items()
         )
         page.text(f"**{dataset}**, {study.plan['trial_epochs'][dataset]} epochs a trial: {stages}.")
-        keys = list(dict.fromkeys(key for row in rows for key in _chosen(row)))
+        keys = [key for stage in study.plan["stages"][dataset] for key in stage]
         page.table(
             ["model", *keys, "valid NDCG@10"],
-            [[r["model"], *(str(_chosen(r).get(k, "")) for k in keys), f"{r['best_valid_score']:.4f}"] for r in rows],
+            [[r["model"], *_values_tried(study, r, keys), f"{r['best_valid_score']:.4f}"] for r in rows],
         )
 
 
-def _chosen(row: dict[str, Any]) -> dict[str, Any]:
-    """What sets a trial apart from its model's other trials."""
-    named = {"dropout_prob": "dropout", "hidden_dropout_prob": "dropout"}
-    picked = ("learning_rate", "dropout_prob", "hidden_dropout_prob")
-    return {named.get(key, key): row["settings"][key] for key in picked if key in row["settings"]}
+def _values_tried(study: Study, trial: dict[str, Any], keys: list[str]) -> list[str]:
+    """The values that a trial had for what the study's stages vary, under its model's own names for it."""
+    return [str(trial["settings"][next(iter(study.named(trial["model"], {key: None})))]) for key in keys]
 
 
 def _commands(page: Page, found: Results) -> None:

@@ -143,6 +143,10 @@ class Store:
             rank[rank == 0] = np.iinfo(np.int64).max - 1
             return Ranks(held["users"].astype(np.int64), held["lengths"].astype(np.int64), rank)
 
+    def user_ndcg(self, rows: Iterable[dict[str, Any]], protocol: str, k: int) -> np.ndarray:
+        """NDCG@k of each user, the mean over the runs of ``rows``, ``[N]``."""
+        return np.mean([self.read_ranks(row["id"], protocol).ndcg(k) for row in rows], axis=0)
+
 
 def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | None, jobs: int, rank: bool) -> None:
     """Make every run that the store lacks, ``jobs`` at a time with an equal share of the cores each.

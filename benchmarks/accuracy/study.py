@@ -92,7 +92,7 @@ class Study:
                 trials |= rows
                 score = {value: rows[spec.identity()]["best_valid_score"] for value, spec in tried.items()}
                 found[key] = max(score, key=lambda value: score[value])
-        return self._named(model, found), list(trials.values())
+        return self.named(model, found), list(trials.values())
 
     def trials_in(self, store: Store, model: str, dataset: str) -> list[dict[str, Any]]:
         """Rows of the trials that tuning as it is planned now has made, or began with."""
@@ -112,11 +112,9 @@ class Study:
     def _trial(self, model: str, dataset: str, choices: dict[str, Any]) -> Spec:
         settings = {**self.base(model, dataset), "epochs": self.plan["trial_epochs"][dataset]}
         # tuned: False keeps a winner that was written before from what its own trials start with.
-        return Spec(
-            model, dataset, self.plan["trial_seed"], {"tuned": False, **settings, **self._named(model, choices)}
-        )
+        return Spec(model, dataset, self.plan["trial_seed"], {"tuned": False, **settings, **self.named(model, choices)})
 
-    def _named(self, model: str, choices: dict[str, Any]) -> dict[str, Any]:
+    def named(self, model: str, choices: dict[str, Any]) -> dict[str, Any]:
         """``choices`` under the names that the model's settings have."""
         names = self.plan["dropout"]
         named: dict[str, Any] = {}

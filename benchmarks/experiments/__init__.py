@@ -3,14 +3,16 @@
 import argparse
 from pathlib import Path
 
-from benchmarks.accuracy import add_run_arguments, begin, run_specs
+from benchmarks.accuracy import add_run_arguments, begin, refuse_untuned, run_specs
 from benchmarks.accuracy.runs import ROOT, Store
+from benchmarks.accuracy.study import Study
 from benchmarks.experiments.plan import EXPERIMENTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; all by default")
+    parser.add_argument("--models", nargs="+", help="of those that an experiment varies; all by default")
     parser.add_argument("--datasets", nargs="+", default=["ml-100k", "amazon-beauty"], help="names")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2020], help="a run of each variant for each")
     parser.add_argument("--report", action="store_true", help="train nothing: write the pages from the results")
@@ -28,8 +30,10 @@ def main(arguments: argparse.Namespace) -> None:
     from benchmarks.experiments.report import write_pages
 
     if not arguments.report:
-        named = [EXPERIMENTS[name] for name in arguments.names or EXPERIMENTS]
-        wanted = (e.specs(dataset, arguments.seeds) for dataset in arguments.datasets for e in named)
-        specs = [spec for variants in wanted for seeds in variants.values() for spec in seeds]
+        study, named = Study.read(), [EXPERIMENTS[name] for name in arguments.names or EXPERIMENTS]
+        wanted = (e.specs(study, dataset, arguments.seeds) for dataset in arguments.datasets for e in named)
+        asked = lambda model: not arguments.models or model in arguments.models  # noqa: E731
+        specs = [spec for runs in wanted for (model, _), seeds in runs.items() if asked(model) for spec in seeds]
+        refuse_untuned(study, {spec.model for spec in specs}, {spec.dataset for spec in specs})
         run_specs(arguments, specs, Store(arguments.results / "runs.jsonl"))
     write_pages(arguments.results, arguments.page)

@@ -1,10 +1,11 @@
 """The papers' experiments as runs: what each varies, on which models and sets."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.accuracy.runs import Spec
+from benchmarks.accuracy.study import Study
 
 Settings = dict[str, Any]
 
@@ -32,16 +33,19 @@ class Experiment:
     xlabel: str | None = None
     datasets: tuple[str, ...] | None = None
 
-    def specs(self, dataset: str, seeds: Iterable[int]) -> dict[tuple[str, str], list[Spec]]:
+    def specs(self, study: Study, dataset: str, seeds: Iterable[int]) -> dict[tuple[str, str], list[Spec]]:
         """Runs on a set by model and variant, one a seed; none where the set is not among ``datasets``."""
         if self.datasets is not None and dataset not in self.datasets:
             return {}
-        shared = SHORTER.get(dataset, {})
         return {
-            (model, name): [Spec(model, dataset, seed, {**shared, **settings}) for seed in seeds]
+            (model, name): [_changed(spec, settings) for spec in study.grid([model], [dataset], seeds)]
             for name, settings in self.variants.items()
             for model in self.models
         }
+
+
+def _changed(spec: Spec, settings: Settings) -> Spec:
+    return replace(spec, settings={**spec.settings, **SHORTER.get(spec.dataset, {}), **settings})
 
 
 def _values(key: str, values: Iterable[Any]) -> dict[str, Settings]:
@@ -52,7 +56,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "max_length": Experiment(
         "How much of a history does a model need?",
         "STAR-Rec, table 3; SSD4Rec, figure 5",
-        ("STARRec", "Mamba4Rec", "SASRec"),
+        ("STARRec", "Mamba4Rec", "SASRec", "SSD4Rec"),
         {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
         "maximum length",
     ),
@@ -130,6 +134,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             "sampled softmax, 256 negatives": {"loss_type": "SampledSoftmax"},
         },
     ),
+    "epochs": Experiment(
+        "Would any model have gained from more training than all were given?",
+        "not in the papers: whether the study's number of epochs favours one of its models",
+        ("STARRec", "Mamba4Rec", "SASRec"),
+        _values("epochs", (15, 30)),
+        "epochs",
+        datasets=("ml-1m",),
+    ),
     "beta": Experiment(
         "What does reading backwards give?",
         "SSD4Rec, figure 3",
@@ -143,12 +155,5 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("SSD4Rec",),
         _values("mask_ratio", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
         "share of masked items, rho",
-    ),
-    "ssd_max_length": Experiment(
-        "How much of a history does SSD4Rec need?",
-        "SSD4Rec, figure 5",
-        ("SSD4Rec",),
-        {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
-        "maximum length",
     ),
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.accuracy.parts import LENGTHS
-from benchmarks.accuracy.report import K, Results, same_seeds, score_cell
+from benchmarks.accuracy.report import BASELINES, K, Results, gain_cell, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
@@ -29,11 +29,11 @@ def write_pages(results: Path, file: Path) -> None:
     page.text(
         "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch are those of "
         "[the study](study.md); settings are those that tuning found, but for what an experiment varies (and 6 epochs "
-        f"on ml-1m). Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of "
-        "some percent are noise."
+        f"on ml-1m where it does not vary those). Test NDCG@{K}, mean ± standard deviation where there are several "
+        "seeds; with one, differences of some percent are noise."
     )
     for name, experiment in EXPERIMENTS.items():
-        found = {dataset: _rows(store, experiment, dataset) for dataset in study.plan["datasets"]}
+        found = {dataset: _rows(store, study, experiment, dataset) for dataset in study.plan["datasets"]}
         found = {dataset: rows for dataset, rows in found.items() if len(rows) > len(experiment.models)}
         if not found:
             continue
@@ -43,14 +43,14 @@ def write_pages(results: Path, file: Path) -> None:
             _table(page, experiment, dataset, rows)
             _picture(page, file, name, experiment, dataset, rows)
         if name in PARTS:
-            PARTS[name](page, file, found)
+            PARTS[name](page, file, store, found)
     _by_length_of_the_user(page, file, Results(store, study))
     page.write(file)
     print(f"written: {file} and {file.with_suffix('.html')}")
 
 
-def _rows(store: Store, experiment: Experiment, dataset: str) -> Rows:
-    specs = experiment.specs(dataset, store.seeds())
+def _rows(store: Store, study: Study, experiment: Experiment, dataset: str) -> Rows:
+    specs = experiment.specs(study, dataset, store.seeds())
     found = {key: store.of(seeds) for key, seeds in specs.items()}
     return same_seeds({key: rows for key, rows in found.items() if rows})
 
@@ -100,7 +100,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _fusion(page: Page, file: Path, found: dict[str, Rows]) -> None:
+def _fusion(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
     """Fusion weights by the length that a model was trained at, or by that of each user's history."""
     for dataset, rows in found.items():
         lines, series = [], {}
@@ -120,7 +120,23 @@ def _fusion(page: Page, file: Path, found: dict[str, Rows]) -> None:
             page.figure(picture, file, f"{dataset}: fusion weights")
 
 
-def _fusion_of_trained_lengths(page: Page, file: Path, found: dict[str, Rows]) -> None:
+def _lengths(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
+    """STAR-Rec against the others at each maximum length, and its fusion weights there."""
+    lines = []
+    for dataset, rows in found.items():
+        for variant in EXPERIMENTS["max_length"].variants:
+            models = {model: own for (model, name), own in rows.items() if name == variant}
+            others = [model for model in BASELINES if model in models and "STARRec" in models]
+            tests = len(others) * len(EXPERIMENTS["max_length"].variants)
+            cells = {other: gain_cell(store, models, "STARRec", other, FULL, tests) for other in others}
+            if cells:
+                lines.append([f"{dataset}, {variant}", *(cells.get(other, "") for other in BASELINES)])
+    if lines:
+        page.text(
+            f"STAR-Rec's NDCG@{K} over the others' at the same maximum length (its paper's claim at length 5), {FULL}; "
+            "p: paired t-test over users, Bonferroni-adjusted for a set's comparisons."
+        )
+        page.table(["maximum length", *(f"over {other}" for other in BASELINES)], lines)
     lines = []
     for dataset, rows in found.items():
         for (model, variant), own in rows.items():
@@ -132,7 +148,7 @@ def _fusion_of_trained_lengths(page: Page, file: Path, found: dict[str, Rows]) -
         page.table(["trained at length", "attention, gamma_1", "state space, gamma_2"], lines)
 
 
-def _experts(page: Page, file: Path, found: dict[str, Rows]) -> None:
+def _experts(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
     """Shares of the gate's mass, how even each user's gate is, and who is routed where."""
     for dataset, rows in found.items():
         lines, series = [], {}
@@ -174,8 +190,8 @@ def _by_category(page: Page, name: str, row: dict[str, Any]) -> None:
     )
 
 
-PARTS: dict[str, Callable[[Page, Path, dict[str, Rows]], None]] = {
-    "max_length": _fusion_of_trained_lengths,
+PARTS: dict[str, Callable[[Page, Path, Store, dict[str, Rows]], None]] = {
+    "max_length": _lengths,
     "fusion": _fusion,
     "experts": _experts,
 }
@@ -191,7 +207,7 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
         models = same_seeds(rows)
         first = next(iter(models.values()))[0]
         buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
-        scores = {model: results.per_user(rows, FULL) for model, rows in models.items()}
+        scores = {model: results.store.user_ndcg(rows, FULL, K) for model, rows in models.items()}
         lines = []
         for name, users in buckets.items():
             means = {model: float(score[users].mean()) for model, score in scores.items()}
