@@ -33,7 +33,8 @@ PLAN = {
     "models": ["STARRec", "SASRec"],
     "datasets": ["tiny"],
     "seeds": [1, 2],
-    "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10", "train_batch_size": 64},
+    "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10"},
+    "train_batch_size": {"tiny": 64},
     "own": {"STARRec": {key: SMALL[key] for key in ("d_state", "n_heads", "n_experts")}, "SASRec": {"inner_size": 16}},
     "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, {"dropout": [0.1, 0.2]}]},
     "dropout": {"SASRec": ["hidden_dropout_prob", "attn_dropout_prob"], "default": ["dropout_prob"]},
@@ -276,7 +277,10 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
         Spec("SASRec", "ml-100k", 1, {"time_order": "float32"}),
     ]
     for dataset in (name for name in shipped.plan["datasets"] if name not in shipped.also):
-        assert {shipped.plan[part].get(dataset) is not None for part in ("stages", "trial_epochs", "epochs")} == {True}
+        assert {
+            shipped.plan[part].get(dataset) is not None
+            for part in ("stages", "train_batch_size", "trial_epochs", "epochs")
+        } == {True}
         assert shipped.plan["notes"][dataset]
         for model in shipped.plan["models"]:
             Spec(model, dataset, 0, {"tuned": False, **shipped.base(model, dataset)}).config()

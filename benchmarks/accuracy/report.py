@@ -107,7 +107,8 @@ def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path)
     config = next(iter(models.values()))[0]["config"]
     page.heading(dataset)
     page.text(
-        f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, {config['epochs']} epochs, 5-core, seeds "
+        f"Maximum length {config['MAX_ITEM_LIST_LENGTH']}, {config['epochs']} epochs of "
+        f"{config['train_batch_size']:,} targets a step, 5-core, seeds "
         f"{_distinct(str(row['seed']) for rows in models.values() for row in rows)}. "
         f"{study.plan['notes'].get(dataset, '')}"
     )

@@ -67,7 +67,8 @@ class Study:
 
     def base(self, model: str, dataset: str) -> dict[str, Any]:
         """Settings of all runs of a model on a set, those apart that tuning finds."""
-        return {**self.plan["common"], **self.plan["own"].get(model, {}), "epochs": self.plan["epochs"][dataset]}
+        of_set = {key: self.plan[key][dataset] for key in ("train_batch_size", "epochs")}
+        return {**self.plan["common"], **self.plan["own"].get(model, {}), **of_set}
 
     def tune(
         self, model: str, dataset: str, run: Callable[[list[Spec]], list[dict[str, Any]]]

@@ -125,6 +125,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "as tuned": {},
             "constant learning rate": {"lr_scheduler_type": "constant"},
             "1,024 targets a step": {"train_batch_size": 1024},
+            "2,048 targets a step": {"train_batch_size": 2048},
             "no dropout": {"dropout_prob": 0.0},
             "hidden size 128": {"hidden_size": 128},
             "weight decay 0.01": {"learner": "adamw", "weight_decay": 0.01},
