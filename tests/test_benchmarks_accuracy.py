@@ -289,11 +289,14 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
 def test_claims_are_held_against_the_numbers():
     scores = {("STARRec", FULL): 0.1021, ("Mamba4Rec", FULL): 0.1, ("SASRec", FULL): 0.1, ("STARRec", UNSEEN): 0.1}
     score = lambda model, _metric, protocol, _beside: scores.get((model, protocol))  # noqa: E731
-    verdicts = {claim.text: claim.verdict(score) for claim in CLAIMS if claim.dataset == "ml-1m"}
+    verdicts = {claim.text: claim.verdict(score, lambda *_: 0.01) for claim in CLAIMS if claim.dataset == "ml-1m"}
     assert verdicts["STARRec is at least 2% above Mamba4Rec"] == ("+2.1%", "holds")
     assert verdicts["STARRec is at least 5% above SASRec"] == ("+2.1%", "**fails**")
     assert verdicts[f"STARRec, {UNSEEN}: an NDCG@10 of .205"] == (".1000", "**fails**")
     assert verdicts["SSD4Rec is above SASRec, as its paper says"] is None
+    by_chance = {claim.text: claim.verdict(score, lambda *_: 0.06) for claim in CLAIMS if claim.dataset == "ml-1m"}
+    assert by_chance["STARRec is at least 2% above Mamba4Rec"] == ("+2.1%", "**may be chance**")
+    assert by_chance["STARRec is at least 5% above SASRec"] == ("+2.1%", "**fails**")
 
 
 def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):

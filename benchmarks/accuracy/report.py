@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.accuracy.claims import CLAIMS, Score
+from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim, Score
 from benchmarks.accuracy.runs import Store
-from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks, spread
+from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks, spread
 from benchmarks.accuracy.study import Study
 from benchmarks.accuracy.worker import FULL, TOPK, UNSEEN
 from benchmarks.pages import Page
@@ -153,9 +153,7 @@ def score_cell(mean: float, deviation: float | None, bold: bool = False) -> str:
 def _pairs(page: Page, found: Results, dataset: str) -> None:
     models = found.rows[dataset]
     baselines = [model for model in BASELINES if model in models]
-    pairs = {frozenset((model, baseline)) for model in models for baseline in baselines if model != baseline}
-    tests = 2 * len(pairs)  # each under both protocols
-    if not tests:
+    if len(models) < 2 or not baselines:
         return
     heads = ["model"] + [f"NDCG@{K} over {b}, {protocol}" for b in baselines for protocol in (FULL, UNSEEN)]
     rows = []
@@ -166,16 +164,25 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
                 if model == baseline:
                     row.append("")
                     continue
-                row.append(gain_cell(found.store, models, model, baseline, protocol, tests))
+                row.append(gain_cell(compared(found.store, models, model, baseline, protocol, _tests(models))))
         rows.append(row)
     page.table(heads, rows)
 
 
-def gain_cell(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> str:
-    """How far a model is above another one over the seeds of both, and by what chance it might not be."""
+def _tests(models: dict[str, Rows]) -> int:
+    """How many comparisons a set's table holds: of each pair with a baseline, under both protocols."""
+    return 2 * len({frozenset((m, b)) for m in models for b in BASELINES if b in models and m != b})
+
+
+def compared(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> Comparison:
+    """A model against another one, over the seeds of both."""
     own = store.user_ndcg(beside(models, model, other), protocol, K)
     others = store.user_ndcg(beside(models, other, model), protocol, K)
-    found = compare(own, others, tests)
+    return compare(own, others, tests)
+
+
+def gain_cell(found: Comparison) -> str:
+    """How far one model is above another, and by what chance it might not be."""
     p = "< .001" if found.p < 0.001 else f"{found.p:.3f}"[1:] if found.p < 0.9995 else "1"
     return f"{found.change:+.1%} (p {p})"
 
@@ -219,12 +226,17 @@ def _score_of(models: dict[str, Rows]) -> Score:
 
 
 def _claims(page: Page, found: Results) -> None:
-    verdicts = {claim: claim.verdict(_score_of(found.rows.get(claim.dataset, {}))) for claim in CLAIMS}
+    def verdict(claim: Claim) -> tuple[str, str] | None:
+        models = found.rows.get(claim.dataset, {})
+        chance = lambda model, other: compared(found.store, models, model, other, FULL, _tests(models)).p  # noqa: E731
+        return claim.verdict(_score_of(models), chance)
+
+    verdicts = {claim: verdict(claim) for claim in CLAIMS}
     rows = [[f"{claim.dataset}: {claim.text}", *verdict] for claim, verdict in verdicts.items() if verdict is not None]
     page.heading("Do the claims hold?")
     page.text(
-        f"Means over seeds of NDCG@{K}, {FULL} where nothing else is said. A difference that holds may still be "
-        "chance: the tests above tell."
+        f"Means over seeds of NDCG@{K}, {FULL} where nothing else is said. A difference whose p above is over "
+        f"{LEVEL} may be chance, whatever its sign."
     )
     page.table(["claim", "measured", "verdict"], rows)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.accuracy.parts import LENGTHS
-from benchmarks.accuracy.report import BASELINES, K, Results, gain_cell, same_seeds, score_cell
+from benchmarks.accuracy.report import BASELINES, K, Results, compared, gain_cell, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
@@ -17,6 +17,9 @@ from benchmarks.accuracy.worker import FULL, UNSEEN
 from benchmarks.experiments.plan import EXPERIMENTS, Experiment
 from benchmarks.pages import Page
 from recbole_ssm.analysis.ranking import length_buckets
+
+# So few users' mean is no more than noise.
+FEWEST = 20
 
 # The runs of an experiment on one set: by model and variant, a row of the result file a seed.
 Rows = dict[tuple[str, str], list[dict[str, Any]]]
@@ -128,7 +131,7 @@ def _lengths(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> No
             models = {model: own for (model, name), own in rows.items() if name == variant}
             others = [model for model in BASELINES if model in models and "STARRec" in models]
             tests = len(others) * len(EXPERIMENTS["max_length"].variants)
-            cells = {other: gain_cell(store, models, "STARRec", other, FULL, tests) for other in others}
+            cells = {other: gain_cell(compared(store, models, "STARRec", other, FULL, tests)) for other in others}
             if cells:
                 lines.append([f"{dataset}, {variant}", *(cells.get(other, "") for other in BASELINES)])
     if lines:
@@ -202,11 +205,14 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
     if not results.rows:
         return
     page.heading("Who is served how well, by length of the history")
-    page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds.")
+    page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds; lengths that {FEWEST} users or more have.")
     for dataset, rows in results.rows.items():
         models = same_seeds(rows)
         first = next(iter(models.values()))[0]
         buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
+        buckets = {name: users for name, users in buckets.items() if len(users) >= FEWEST}
+        if not buckets:
+            continue
         scores = {model: results.store.user_ndcg(rows, FULL, K) for model, rows in models.items()}
         lines = []
         for name, users in buckets.items():
