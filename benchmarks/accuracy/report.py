@@ -155,6 +155,7 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
     baselines = [model for model in BASELINES if model in models]
     if len(models) < 2 or not baselines:
         return
+    tests = _tests(models)
     heads = ["model"] + [f"NDCG@{K} over {b}, {protocol}" for b in baselines for protocol in (FULL, UNSEEN)]
     rows = []
     for model in models:
@@ -164,7 +165,7 @@ def _pairs(page: Page, found: Results, dataset: str) -> None:
                 if model == baseline:
                     row.append("")
                     continue
-                row.append(gain_cell(compared(found.store, models, model, baseline, protocol, _tests(models))))
+                row.append(gain_cell(compared(found.store, models, model, baseline, protocol, tests)))
         rows.append(row)
     page.table(heads, rows)
 
