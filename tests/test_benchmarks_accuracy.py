@@ -15,12 +15,12 @@ from scipy.stats import ttest_rel
 import benchmarks
 from benchmarks import __main__, plots
 from benchmarks.accuracy import runs, study
-from benchmarks.accuracy.claims import CLAIMS
+from benchmarks.accuracy.claims import Claim
 from benchmarks.accuracy.report import same_seeds
 from benchmarks.accuracy.runs import Spec, Store
-from benchmarks.accuracy.statistics import compare, critical_difference, mean_ranks
+from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
-from benchmarks.accuracy.worker import FULL, UNSEEN
+from benchmarks.accuracy.worker import FULL
 from benchmarks.experiments import plan as experiments_plan
 from benchmarks.experiments import report as experiments_report
 from benchmarks.pages import Page
@@ -236,7 +236,7 @@ def test_paired_comparison():
     assert found.change == pytest.approx(own.mean() / other.mean() - 1)
     assert found.p == pytest.approx(min(1, 3 * ttest_rel(own, other).pvalue))
     assert compare(own, own).p == 1
-    assert compare(own + 1, own, tests=4).p < 0.001
+    assert compare(own + 1, other, tests=4).p < 0.001
 
 
 def test_critical_difference_is_that_of_the_paper():
@@ -287,16 +287,13 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
 
 
 def test_claims_are_held_against_the_numbers():
-    scores = {("STARRec", FULL): 0.1021, ("Mamba4Rec", FULL): 0.1, ("SASRec", FULL): 0.1, ("STARRec", UNSEEN): 0.1}
-    score = lambda model, _metric, protocol, _beside: scores.get((model, protocol))  # noqa: E731
-    verdicts = {claim.text: claim.verdict(score, lambda *_: 0.01) for claim in CLAIMS if claim.dataset == "ml-1m"}
-    assert verdicts["STARRec is at least 2% above Mamba4Rec"] == ("+2.1%", "holds")
-    assert verdicts["STARRec is at least 5% above SASRec"] == ("+2.1%", "**fails**")
-    assert verdicts[f"STARRec, {UNSEEN}: an NDCG@10 of .205"] == (".1000", "**fails**")
-    assert verdicts["SSD4Rec is above SASRec, as its paper says"] is None
-    by_chance = {claim.text: claim.verdict(score, lambda *_: 0.06) for claim in CLAIMS if claim.dataset == "ml-1m"}
-    assert by_chance["STARRec is at least 2% above Mamba4Rec"] == ("+2.1%", "**may be chance**")
-    assert by_chance["STARRec is at least 5% above SASRec"] == ("+2.1%", "**fails**")
+    above = Claim("ml-1m", "STARRec is at least 2% above Mamba4Rec", "STARRec", 0.02, "Mamba4Rec")
+    assert above.verdict(Comparison(0.021, p=0.01)) == ("+2.1%", "holds")
+    assert above.verdict(Comparison(0.021, p=0.06)) == ("+2.1%", "**may be chance**")
+    assert above.verdict(Comparison(0.019, p=0.01)) == ("+1.9%", "**fails**")
+    reached = Claim("ml-1m", "an NDCG@10 of .205", "STARRec", 0.205)
+    assert reached.verdict(0.1) == (".1000", "**fails**")
+    assert reached.verdict(0.205) == (".2050", "holds")
 
 
 def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
@@ -307,6 +304,15 @@ def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
     assert set(row["sampled"]) == {"uni100", "pop100"}
     assert row["sampled"]["uni100"]["ndcg@10"] > row["test"][FULL]["ndcg@10"]
     assert "these are no full ranking" in page
+
+
+def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):
+    rows = [{"test": {FULL: {"ndcg@10": 0.1}}}]
+    found = {("STARRec", "as tuned"): rows, ("Mamba4Rec", "as tuned"): rows}
+    experiment = experiments_plan.EXPERIMENTS["training"]
+    experiments_report._picture(Page(""), tmp_path / "page.md", "training", experiment, "tiny", found)
+    picture = (tmp_path / "images" / "page-training-tiny.svg").read_text()
+    assert {f"{model}, as tuned" for model in ("STARRec", "Mamba4Rec")} <= set(re.findall(">(.*)</text>", picture))
 
 
 def test_means_are_compared_over_the_same_seeds():

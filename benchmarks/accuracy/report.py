@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim, Score
+from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks, spread
 from benchmarks.accuracy.study import Study
@@ -28,11 +28,6 @@ def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
     if not shared:
         return rows
     return {key: [row for row in own if row["seed"] in shared] for key, own in rows.items()}
-
-
-def beside(models: dict[str, Rows], model: str, other: str) -> Rows:
-    """A model's rows of those seeds that the other one has, too."""
-    return same_seeds({name: models[name] for name in (model, other)})[model]
 
 
 class Results:
@@ -177,8 +172,8 @@ def _tests(models: dict[str, Rows]) -> int:
 
 def compared(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> Comparison:
     """A model against another one, over the seeds of both."""
-    own = store.user_ndcg(beside(models, model, other), protocol, K)
-    others = store.user_ndcg(beside(models, other, model), protocol, K)
+    rows = same_seeds({name: models[name] for name in (model, other)})
+    own, others = (store.user_ndcg(rows[name], protocol, K) for name in (model, other))
     return compare(own, others, tests)
 
 
@@ -217,23 +212,19 @@ def _critical_differences(page: Page, found: Results, study: Study, file: Path) 
     page.figure(picture, file, "Mean ranks and the critical difference")
 
 
-def _score_of(models: dict[str, Rows]) -> Score:
-    def score(model: str, metric: str, protocol: str, other: str) -> float | None:
-        if model not in models or other not in models:
-            return None
-        return spread([run["test"][protocol][metric] for run in beside(models, model, other)])[0]
-
-    return score
+def _measured(found: Results, claim: Claim) -> float | Comparison | None:
+    """What a claim is held against; None where one of its models was not run."""
+    models = found.rows.get(claim.dataset, {})
+    if claim.model not in models or claim.over not in {None, *models}:
+        return None
+    if claim.over:
+        return compared(found.store, models, claim.model, claim.over, claim.protocol, _tests(models))
+    return spread([run["test"][claim.protocol][claim.metric] for run in models[claim.model]])[0]
 
 
 def _claims(page: Page, found: Results) -> None:
-    def verdict(claim: Claim) -> tuple[str, str] | None:
-        models = found.rows.get(claim.dataset, {})
-        chance = lambda model, other: compared(found.store, models, model, other, FULL, _tests(models)).p  # noqa: E731
-        return claim.verdict(_score_of(models), chance)
-
-    verdicts = {claim: verdict(claim) for claim in CLAIMS}
-    rows = [[f"{claim.dataset}: {claim.text}", *verdict] for claim, verdict in verdicts.items() if verdict is not None]
+    measured = ((claim, _measured(found, claim)) for claim in CLAIMS)
+    rows = [[f"{claim.dataset}: {claim.text}", *claim.verdict(m)] for claim, m in measured if m is not None]
     page.heading("Do the claims hold?")
     page.text(
         f"Means over seeds of NDCG@{K}, {FULL} where nothing else is said. A difference whose p above is over "

@@ -39,8 +39,8 @@ class Experiment:
             return {}
         return {
             (model, name): [_changed(spec, settings) for spec in study.grid([model], [dataset], seeds)]
-            for name, settings in self.variants.items()
             for model in self.models
+            for name, settings in self.variants.items()
         }
 
 

@@ -83,7 +83,11 @@ def _picture(page: Page, file: Path, name: str, experiment: Experiment, dataset:
     picture = file.parent / "images" / f"{file.stem}-{name}-{dataset}.svg"
     title = f"{dataset}: {experiment.title}"
     if experiment.xlabel is None:
-        plots.dots(picture, title, {variant: _ndcg(own, FULL) for (_, variant), own in rows.items()}, f"NDCG@{K}")
+        several = len({model for model, _ in rows}) > 1
+        means = {
+            f"{model}, {variant}" if several else variant: _ndcg(own, FULL) for (model, variant), own in rows.items()
+        }
+        plots.dots(picture, title, means, f"NDCG@{K}")
     else:
         numbers = [_number(variant) for variant in experiment.variants]
         known = [number for number in numbers if number is not None]
