@@ -221,10 +221,15 @@ def test_tuning_then_study_then_experiments(tiny, monkeypatch):
     for module in (experiments_plan, experiments_report, benchmarks.experiments):
         monkeypatch.setattr(module, "EXPERIMENTS", small)
     monkeypatch.setitem(experiments_plan.SHORTER, "tiny", SETTINGS)
-    run(monkeypatch, "experiments", "fusion", "experts", "--datasets", "tiny", "--seeds", "1", "--jobs", "2")
+    some = ["learned", "input-dependent", "diversity and balance", "w/o diversity", "w/o balance"]
+    common = ("--datasets", "tiny", "--seeds", "1", "--jobs", "2")
+    run(monkeypatch, "experiments", "fusion", "experts", "--variants", *some, *common)
+    with pytest.raises(SystemExit, match=r"no variant wrong: choose of learned, input-dependent$"):
+        run(monkeypatch, "experiments", "fusion", "--variants", "wrong")
     page = Path("docs/page.md").read_text()
     assert "attention, gamma_1" in page
     assert "w/o diversity" in page
+    assert "w/o both" not in page
     assert "by length of the history" in page
 
 
