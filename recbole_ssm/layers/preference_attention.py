@@ -27,6 +27,7 @@ class PreferenceAwareAttention(nn.Module):
             gradient.
         use_similarity: without it the scores are plain attention's (the paper's ablation).
         window: attend to at most this many latest positions; all where absent.
+        residual: without it ``out`` leaves ``x`` away.
 
     Raises:
         ValueError: where ``n_heads`` does not divide ``d``, the thresholds are not one a head, or the window is empty.
@@ -42,6 +43,7 @@ class PreferenceAwareAttention(nn.Module):
         similarity_threshold: float | list[float] = 0.0,
         use_similarity: bool = True,
         window: int | None = None,
+        residual: bool = True,
     ):
         super().__init__()
         if hidden_size % n_heads:
@@ -51,7 +53,8 @@ class PreferenceAwareAttention(nn.Module):
         threshold = torch.as_tensor(similarity_threshold, dtype=torch.float32)
         if threshold.dim() and threshold.shape != (n_heads,):
             raise ValueError(f"similarity_threshold has {threshold.numel()} values for n_heads {n_heads}")
-        self.n_heads, self.use_similarity, self.window = n_heads, use_similarity, window
+        self.n_heads, self.window = n_heads, window
+        self.use_similarity, self.residual = use_similarity, residual
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.context_gate = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
@@ -85,10 +88,10 @@ class PreferenceAwareAttention(nn.Module):
             q, k, v, feature, self.score_weight, similarity_weight, self.threshold,
             cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all",
         ).flatten(-2)  # fmt: skip
-        x = rows(x, read)
         context = context if last else rows(context, read)
         gated_context = context * F.silu(self.context_gate(context))
-        return self.norm(x + self.dropout(self.out_proj(gated_context)))
+        out = self.dropout(self.out_proj(gated_context))
+        return self.norm(rows(x, read) + out if self.residual else out)
 
     def _similarity(self, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Features to compare, ``[T, H, d]``, and their weight, ``[H]``; nothing to compare, ``[T, 1, 1]``, without."""

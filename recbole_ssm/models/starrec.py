@@ -30,7 +30,7 @@ class DualPathLayer(nn.Module):
         if self.use_pma:
             self.attention = PreferenceAwareAttention(
                 size, config["n_heads"], dropout_prob, config["similarity_threshold"], config["use_similarity"],
-                config["attention_window"],
+                config["attention_window"], config["pma_residual"],
             )  # fmt: skip
         if self.use_ssm:
             self.ssm = MambaLayer(

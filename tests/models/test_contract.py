@@ -19,6 +19,7 @@ ABLATIONS = [
     ("STARRec", {"use_ssm": False}),
     ("STARRec", {"use_pma": False}),
     ("STARRec", {"use_similarity": False}),
+    ("STARRec", {"pma_residual": False}),
     ("STARRec", {"use_moe": False}),
     ("STARRec", {"experts_per_token": 2}),
     ("STARRec", {"diversity_weight": 0.0}),
