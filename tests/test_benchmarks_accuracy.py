@@ -36,7 +36,8 @@ PLAN = {
     "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10"},
     "train_batch_size": {"tiny": 64},
     "own": {"STARRec": {key: SMALL[key] for key in ("d_state", "n_heads", "n_experts")}, "SASRec": {"inner_size": 16}},
-    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, {"dropout": [0.1, 0.2]}]},
+    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, "alternative", {"dropout": [0.2]}]},
+    "alternative": {"STARRec": {"pma_residual": False}, "SASRec": {"n_layers": 1}},
     "dropout": {"SASRec": ["hidden_dropout_prob", "attn_dropout_prob"], "default": ["dropout_prob"]},
     "smaller": [],
     "notes": {},
@@ -199,6 +200,13 @@ def test_tuning_then_study_then_experiments(tiny, monkeypatch):
         settings = found_settings(model, "tiny")
         for key in ("learning_rate", "hidden_dropout_prob", "attn_dropout_prob", "dropout_prob"):
             assert settings.get(key) == best["settings"].get(key)
+        assert [PLAN["alternative"][model].items() <= trial["settings"].items() for trial in own] == [
+            False,
+            False,
+            True,
+        ]
+        for key in PLAN["alternative"][model]:
+            assert settings.get(key) == best["settings"].get(key)
         assert settings["epochs"] == 2
         assert "learning_rate: 0.0" in (text := (tuned / f"tiny-{model}.yaml").read_text())
         assert "# (float) Learning rate." in text
@@ -288,7 +296,8 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
         } == {True}
         assert shipped.plan["notes"][dataset]
         for model in shipped.plan["models"]:
-            Spec(model, dataset, 0, {"tuned": False, **shipped.base(model, dataset)}).config()
+            given = {"tuned": False, **shipped.base(model, dataset), **shipped.plan["alternative"][model]}
+            Spec(model, dataset, 0, given).config()
 
 
 def test_claims_are_held_against_the_numbers():

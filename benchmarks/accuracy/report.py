@@ -10,7 +10,7 @@ from benchmarks import plots
 from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks, spread
-from benchmarks.accuracy.study import Study
+from benchmarks.accuracy.study import ALTERNATIVE, Study
 from benchmarks.accuracy.worker import FULL, TOPK, UNSEEN
 from benchmarks.pages import Page
 from benchmarks.report import versions
@@ -271,22 +271,29 @@ def _tuning(page: Page, study: Study, store: Store) -> None:
     for dataset, rows in trials.items():
         if not rows:
             continue
-        stages = "; then ".join(
-            f"{key} of {', '.join(map(str, values))}"
-            for stage in study.plan["stages"][dataset]
-            for key, values in stage.items()
-        )
-        page.text(f"**{dataset}**, {study.plan['trial_epochs'][dataset]} epochs a trial: {stages}.")
-        keys = [key for stage in study.plan["stages"][dataset] for key in stage]
+        stages = study.plan["stages"][dataset]
+        tried = "; then ".join(_stage_in_words(stage) for stage in stages)
+        page.text(f"**{dataset}**, {study.plan['trial_epochs'][dataset]} epochs a trial: {tried}.")
+        keys = [key for stage in stages if stage != ALTERNATIVE for key in stage]
         page.table(
-            ["model", *keys, "valid NDCG@10"],
+            ["model", *keys, ALTERNATIVE, "valid NDCG@10"],
             [[r["model"], *_values_tried(study, r, keys), f"{r['best_valid_score']:.4f}"] for r in rows],
         )
 
 
+def _stage_in_words(stage: str | dict[str, list[Any]]) -> str:
+    if isinstance(stage, str):
+        return "the model's alternative"
+    return "; then ".join(f"{key} of {', '.join(map(str, values))}" for key, values in stage.items())
+
+
 def _values_tried(study: Study, trial: dict[str, Any], keys: list[str]) -> list[str]:
-    """The values that a trial had for what the study's stages vary, under its model's own names for it."""
-    return [str(trial["settings"][next(iter(study.named(trial["model"], {key: None})))]) for key in keys]
+    """The values that a trial had for what the study's stages vary, and its model's alternative where it had that."""
+    model, settings = trial["model"], trial["settings"]
+    staged = [str(settings[next(iter(study.named(model, {key: None})))]) for key in keys]
+    alternative = study.plan[ALTERNATIVE][model]
+    taken = alternative.items() <= settings.items()
+    return [*staged, ", ".join(f"{key} {value}" for key, value in alternative.items()) if taken else ""]
 
 
 def _commands(page: Page, found: Results) -> None:

@@ -15,6 +15,9 @@ from recbole_ssm.config import properties_dir, tuned_file
 
 FILE = Path(__file__).with_name("study.yaml")
 
+# The stage that tries a model as it stands against its alternative.
+ALTERNATIVE = "alternative"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -84,15 +87,19 @@ class Study:
             What was found, and the rows of all trials.
         """
         stages = self.plan["stages"][dataset]
-        found = {key: values[0] for stage in stages for key, values in stage.items()}
+        found = {key: values[0] for stage in stages if stage != ALTERNATIVE for key, values in stage.items()}
         trials: dict[str, dict[str, Any]] = {}
         for stage in stages:
-            for key, values in stage.items():
-                tried = {value: self._trial(model, dataset, {**found, key: value}) for value in values}
-                rows = {row["id"]: row for row in run(list(tried.values()))}
-                trials |= rows
-                score = {value: rows[spec.identity()]["best_valid_score"] for value, spec in tried.items()}
-                found[key] = max(score, key=lambda value: score[value])
+            if stage == ALTERNATIVE:
+                choices = [{}, self.plan[ALTERNATIVE][model]]
+            else:
+                choices = [{key: value} for key, values in stage.items() for value in values]
+            tried = [{**found, **choice} for choice in choices]
+            specs = [self._trial(model, dataset, choice) for choice in tried]
+            rows = {row["id"]: row for row in run(specs)}
+            trials |= rows
+            scores = [rows[spec.identity()]["best_valid_score"] for spec in specs]
+            found = tried[scores.index(max(scores))]
         return self.named(model, found), list(trials.values())
 
     def trials_in(self, store: Store, model: str, dataset: str) -> list[dict[str, Any]]:

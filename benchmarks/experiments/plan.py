@@ -76,6 +76,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "w/o SSM": {"use_ssm": False},
             "w/o PMA": {"use_pma": False},
             "w/o similarity": {"use_similarity": False},
+            "with residual of PMA": {"pma_residual": True},
             "w/o residual of PMA": {"pma_residual": False},
             "w/o MoE": {"use_moe": False},
             "w/o position embedding": {"use_position_embedding": False},
