@@ -36,7 +36,7 @@ PLAN = {
     "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10"},
     "train_batch_size": {"tiny": 64},
     "own": {"STARRec": {key: SMALL[key] for key in ("d_state", "n_heads", "n_experts")}, "SASRec": {"inner_size": 16}},
-    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, "alternative", {"dropout": [0.2]}]},
+    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, {"dropout": [0.2], "alternative": [False, True]}]},
     "alternative": {"STARRec": {"pma_residual": False}, "SASRec": {"n_layers": 1}},
     "dropout": {"SASRec": ["hidden_dropout_prob", "attn_dropout_prob"], "default": ["dropout_prob"]},
     "smaller": [],

@@ -10,7 +10,7 @@ from benchmarks import plots
 from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks, spread
-from benchmarks.accuracy.study import ALTERNATIVE, Study
+from benchmarks.accuracy.study import Study
 from benchmarks.accuracy.worker import FULL, TOPK, UNSEEN
 from benchmarks.pages import Page
 from benchmarks.report import versions
@@ -264,36 +264,39 @@ def _tuning(page: Page, study: Study, store: Store) -> None:
         return
     page.heading("Tuning")
     page.text(
-        "The same budget and space for every model of a set: one trial a value, stage by stage, each stage with what "
-        "the one before found; the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` "
-        "reads by itself (but for models that are run smaller than released). Trials know the validation set alone."
+        "The same budget and space for every model of a set: one trial a combination of values, stage by stage, each "
+        "with what the one before found; the best validation NDCG@10 wins and goes to `properties/tuned/`, which "
+        "`run_recbole` reads by itself (but for models that are run smaller than released). Trials know the validation "
+        "set alone."
     )
     for dataset, rows in trials.items():
         if not rows:
             continue
         stages = study.plan["stages"][dataset]
-        tried = "; then ".join(_stage_in_words(stage) for stage in stages)
+        tried = "; then ".join(
+            " times ".join(f"{key} of {', '.join(map(str, values))}" for key, values in stage.items())
+            for stage in stages
+        )
         page.text(f"**{dataset}**, {study.plan['trial_epochs'][dataset]} epochs a trial: {tried}.")
-        keys = [key for stage in stages if stage != ALTERNATIVE for key in stage]
+        keys = [key for stage in stages for key in stage]
         page.table(
-            ["model", *keys, ALTERNATIVE, "valid NDCG@10"],
+            ["model", *keys, "valid NDCG@10"],
             [[r["model"], *_values_tried(study, r, keys), f"{r['best_valid_score']:.4f}"] for r in rows],
         )
 
 
-def _stage_in_words(stage: str | dict[str, list[Any]]) -> str:
-    if isinstance(stage, str):
-        return "the model's alternative"
-    return "; then ".join(f"{key} of {', '.join(map(str, values))}" for key, values in stage.items())
-
-
 def _values_tried(study: Study, trial: dict[str, Any], keys: list[str]) -> list[str]:
-    """The values that a trial had for what the study's stages vary, and its model's alternative where it had that."""
+    """The values that a trial had for what the study's stages vary; the alternative by its own name."""
     model, settings = trial["model"], trial["settings"]
-    staged = [str(settings[next(iter(study.named(model, {key: None})))]) for key in keys]
-    alternative = study.plan[ALTERNATIVE][model]
-    taken = alternative.items() <= settings.items()
-    return [*staged, ", ".join(f"{key} {value}" for key, value in alternative.items()) if taken else ""]
+
+    def value(key: str) -> str:
+        own = study.named(model, {key: True})
+        if key != "alternative":
+            return str(settings[next(iter(own))])
+        taken = own.items() <= settings.items()
+        return ", ".join(f"{name} {setting}" for name, setting in own.items()) if taken else ""
+
+    return [value(key) for key in keys]
 
 
 def _commands(page: Page, found: Results) -> None:

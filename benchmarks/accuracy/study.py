@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,6 @@ from benchmarks.accuracy.runs import Spec, Store
 from recbole_ssm.config import properties_dir, tuned_file
 
 FILE = Path(__file__).with_name("study.yaml")
-
-# The stage that tries a model as it stands against its alternative.
-ALTERNATIVE = "alternative"
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,10 @@ class Study:
             What was found, and the rows of all trials.
         """
         stages = self.plan["stages"][dataset]
-        found = {key: values[0] for stage in stages if stage != ALTERNATIVE for key, values in stage.items()}
+        found = {key: values[0] for stage in stages for key, values in stage.items()}
         trials: dict[str, dict[str, Any]] = {}
         for stage in stages:
-            if stage == ALTERNATIVE:
-                choices = [{}, self.plan[ALTERNATIVE][model]]
-            else:
-                choices = [{key: value} for key, values in stage.items() for value in values]
-            tried = [{**found, **choice} for choice in choices]
+            tried = [{**found, **dict(zip(stage, values, strict=True))} for values in product(*stage.values())]
             specs = [self._trial(model, dataset, choice) for choice in tried]
             rows = {row["id"]: row for row in run(specs)}
             trials |= rows
@@ -127,8 +121,11 @@ class Study:
         names = self.plan["dropout"]
         named: dict[str, Any] = {}
         for key, value in choices.items():
-            own = names.get(model, names["default"]) if key == "dropout" else [key]
-            named |= dict.fromkeys(own, value)
+            if key == "alternative":
+                named |= self.plan[key][model] if value else {}
+            else:
+                own = names.get(model, names["default"]) if key == "dropout" else [key]
+                named |= dict.fromkeys(own, value)
         return named
 
 
