@@ -61,9 +61,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "maximum length",
     ),
     "layers": Experiment(
-        "Is one dual-path layer enough?",
+        "Is one layer enough?",
         "STAR-Rec, table 4",
-        ("STARRec",),
+        ("STARRec", "Mamba4Rec"),
         {"1": {}, **_values("num_layers", (2, 3, 4))},
         "layers",
     ),
