@@ -283,6 +283,35 @@ def test_critical_difference_diagram(tmp_path):
     assert "<svg" in (tmp_path / "cd.svg").read_text()
 
 
+def test_tuning_goes_by_stages_and_tries_all_combinations_of_one():
+    plan = {
+        **PLAN,
+        "stages": {"tiny": [{"learning_rate": [0.1, 0.2]}, {"dropout": [0.3, 0.4], "alternative": [False, True]}]},
+    }
+    made = []
+
+    def score(settings):
+        # The alternative pays with the second dropout alone, so no value at a time would find it.
+        pair = (settings["dropout_prob"], settings.get("pma_residual", True))
+        return settings["learning_rate"] + {(0.3, True): 0.02, (0.4, False): 0.03}.get(pair, 0.01)
+
+    def run(specs):
+        made.extend(specs)
+        return [{"id": spec.identity(), "best_valid_score": score(spec.settings)} for spec in specs]
+
+    found, trials = Study(plan).tune("STARRec", "tiny", run)
+
+    assert found == {"learning_rate": 0.2, "dropout_prob": 0.4, "pma_residual": False}
+    assert len(trials) == 5  # the start of the second stage was made in the first
+    tried = [
+        tuple(spec.settings.get(key) for key in ("learning_rate", "dropout_prob", "pma_residual")) for spec in made
+    ]
+    assert tried == [
+        (0.1, 0.3, None), (0.2, 0.3, None),
+        (0.2, 0.3, None), (0.2, 0.3, False), (0.2, 0.4, None), (0.2, 0.4, False),
+    ]  # fmt: skip
+
+
 def test_the_study_as_shipped_is_the_same_for_all_models():
     shipped = Study.read(study.FILE)
     assert shipped.grid(["SSD4Rec-released", "SASRec"], ["ml-100k-float32"], [1]) == [
