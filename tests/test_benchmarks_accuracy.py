@@ -239,6 +239,7 @@ def test_tuning_then_study_then_experiments(tiny, monkeypatch):
     assert "w/o diversity" in page
     assert "w/o both" not in page
     assert "by length of the history" in page
+    assert re.search(r"^\| tiny \| 0\.\d{3} \| 0\.\d{3} \|$", page, re.MULTILINE)  # the study's own fusion weights
 
 
 def test_paired_comparison():

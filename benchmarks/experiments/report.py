@@ -47,7 +47,9 @@ def write_pages(results: Path, file: Path) -> None:
             _picture(page, file, name, experiment, dataset, rows)
         if name in PARTS:
             PARTS[name](page, file, store, found)
-    _by_length_of_the_user(page, file, Results(store, study))
+    grid = Results(store, study)
+    _parts_of_the_study(page, file, grid)
+    _by_length_of_the_user(page, file, grid)
     page.write(file)
     print(f"written: {file} and {file.with_suffix('.html')}")
 
@@ -158,28 +160,33 @@ def _lengths(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> No
 def _experts(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
     """Shares of the gate's mass, how even each user's gate is, and who is routed where."""
     for dataset, rows in found.items():
-        lines, series = [], {}
-        for (_, variant), own in rows.items():
-            experts = [row["parts"]["experts"] for row in own if "experts" in row.get("parts", {})]
-            if not experts:
-                continue
-            shares = sorted(np.mean([sorted(expert["share"]) for expert in experts], axis=0), reverse=True)
-            entropy = mean(expert["entropy"] for expert in experts)
-            lines.append([f"{dataset}, {variant}", *(f"{share:.1%}" for share in shares), f"{entropy:.2f}"])
-            series[variant] = {f"expert {i + 1}": share for i, share in enumerate(shares)}
-        if not lines:
-            continue
-        count = len(lines[0]) - 2
-        page.text(
-            "Each expert's share of the gate's mass over the test users, largest first, and the mean entropy of a "
-            "user's gate (0: one expert alone, 1: all alike)."
-        )
-        page.table(["trained with", *(str(i + 1) for i in range(count)), "entropy"], lines)
-        picture = file.parent / "images" / f"{file.stem}-experts-share-{dataset}.svg"
-        plots.stacked_bars(picture, f"{dataset}: shares of the experts", series, "share of the gate's mass")
-        page.figure(picture, file, f"{dataset}: shares of the experts")
-        for (_, variant), own in rows.items():
+        variants = {variant: own for (_, variant), own in rows.items()}
+        _shares(page, file, f"{file.stem}-experts-share-{dataset}", dataset, variants)
+        for variant, own in variants.items():
             _by_category(page, f"{dataset}, {variant}", own[0])
+
+
+def _shares(page: Page, file: Path, name: str, title: str, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """A table and a picture of the experts' shares, a line a group of runs."""
+    lines, series = [], {}
+    for group, own in groups.items():
+        experts = [row["parts"]["experts"] for row in own if "experts" in row.get("parts", {})]
+        if not experts:
+            continue
+        shares = sorted(np.mean([sorted(expert["share"]) for expert in experts], axis=0), reverse=True)
+        entropy = mean(expert["entropy"] for expert in experts)
+        lines.append([group, *(f"{share:.1%}" for share in shares), f"{entropy:.2f}"])
+        series[group] = {f"expert {i + 1}": share for i, share in enumerate(shares)}
+    if not lines:
+        return
+    page.text(
+        "Each expert's share of the gate's mass over the test users, largest first, and the mean entropy of a "
+        "user's gate (0: one expert alone, 1: all alike)."
+    )
+    page.table([title, *(str(i + 1) for i in range(len(lines[0]) - 2)), "entropy"], lines)
+    picture = file.parent / "images" / f"{name}.svg"
+    plots.stacked_bars(picture, f"{title}: shares of the experts", series, "share of the gate's mass")
+    page.figure(picture, file, f"{title}: shares of the experts")
 
 
 def _by_category(page: Page, name: str, row: dict[str, Any]) -> None:
@@ -202,6 +209,20 @@ PARTS: dict[str, Callable[[Page, Path, Store, dict[str, Rows]], None]] = {
     "fusion": _fusion,
     "experts": _experts,
 }
+
+
+def _parts_of_the_study(page: Page, file: Path, results: Results) -> None:
+    """Experts and fusion weights of the study's own STAR-Rec, by set."""
+    groups = {dataset: models["STARRec"] for dataset, models in results.rows.items() if "STARRec" in models}
+    if not groups:
+        return
+    page.heading("What the study's STAR-Rec makes of its parts, by set")
+    _shares(page, file, f"{file.stem}-experts-by-set", "STAR-Rec as tuned, mean over seeds", groups)
+    weights = {dataset: [row["parts"]["fusion"]["all"] for row in own] for dataset, own in groups.items()}
+    page.table(
+        ["fusion weights, mean over seeds", "attention, gamma_1", "state space, gamma_2"],
+        [[dataset, *(f"{number:.3f}" for number in np.mean(own, axis=0))] for dataset, own in weights.items()],
+    )
 
 
 def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
