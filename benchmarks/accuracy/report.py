@@ -92,6 +92,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "can.",
         "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold. p: paired "
         "t-test over users of NDCG@10 averaged over seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
+        "**Minutes**: of training and validation up to the best epoch, on a machine that did other work as well, so an "
+        "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md).",
         f"**Hardware**: {_distinct(a['device'] for a in about)}. **Commits**: {_distinct(a['commit'] for a in about)}. "
         f"**Versions**: {_distinct(versions(a) for a in about)}.",
     ])  # fmt: skip
