@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,6 +358,17 @@ def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):
     experiments_report._picture(Page(""), tmp_path / "page.md", "training", experiment, "tiny", found)
     picture = (tmp_path / "images" / "page-training-tiny.svg").read_text()
     assert {f"{model}, as tuned" for model in ("STARRec", "Mamba4Rec")} <= set(re.findall(">(.*)</text>", picture))
+
+
+def test_a_variant_that_tuning_chose_stands_once():
+    runs = {("M", "as tuned"): ["a"], ("M", "w/o x"): ["a"], ("M", "w/o y"): ["b"], ("N", "as tuned"): ["c"]}
+    experiment = SimpleNamespace(specs=lambda *_: runs)
+    store = SimpleNamespace(seeds=lambda: [1], of=lambda names: [{"id": name, "seed": 1} for name in names])
+    found = experiments_report._rows(store, None, experiment, "tiny")
+    assert list(found) == [("M", "as tuned"), ("M", "w/o y"), ("N", "as tuned")]
+    assert experiments_report._varied(found)
+    del found["M", "w/o y"]
+    assert not experiments_report._varied(found)
 
 
 def test_means_are_compared_over_the_same_seeds():

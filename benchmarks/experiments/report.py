@@ -32,12 +32,13 @@ def write_pages(results: Path, file: Path) -> None:
     page.text(
         "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch are those of "
         "[the study](study.md); settings are those that tuning found, but for what an experiment varies (and 6 epochs "
-        f"on ml-1m where it does not vary those). Test NDCG@{K}, mean ± standard deviation where there are several "
-        "seeds; with one, differences of some percent are noise."
+        "on ml-1m where it does not vary those); a variant that tuning chose is not listed again. "
+        f"Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of some "
+        "percent are noise."
     )
     for name, experiment in EXPERIMENTS.items():
         found = {dataset: _rows(store, study, experiment, dataset) for dataset in study.plan["datasets"]}
-        found = {dataset: rows for dataset, rows in found.items() if len(rows) > len(experiment.models)}
+        found = {dataset: rows for dataset, rows in found.items() if _varied(rows)}
         if not found:
             continue
         page.heading(experiment.title)
@@ -56,8 +57,18 @@ def write_pages(results: Path, file: Path) -> None:
 
 def _rows(store: Store, study: Study, experiment: Experiment, dataset: str) -> Rows:
     specs = experiment.specs(study, dataset, store.seeds())
-    found = {key: store.of(seeds) for key, seeds in specs.items()}
-    return same_seeds({key: rows for key, rows in found.items() if rows})
+    found: Rows = {}
+    for key, seeds in specs.items():
+        rows = store.of(seeds)
+        if rows and rows not in found.values():  # a variant that is what tuning chose stands as that alone
+            found[key] = rows
+    return same_seeds(found)
+
+
+def _varied(rows: Rows) -> bool:
+    """Whether there are two variants of any model."""
+    models = [model for model, _ in rows]
+    return len(models) > len(set(models))
 
 
 def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | None]:
