@@ -303,9 +303,12 @@ def _values_tried(study: Study, trial: dict[str, Any], keys: list[str]) -> list[
 
 def _commands(page: Page, found: Results) -> None:
     page.heading("Repeat any row")
+    threads = " or ".join(sorted({str(row["environment"]["threads"]) for row in found.all_rows()}))
     page.text(
-        "With `--data_path` where the set is not RecBole's own. On a CPU the same commit gives the same result to 3 "
-        "places; `--exclude_history=True` with `--mode evaluate --checkpoint FILE` gives the second protocol."
+        "With `--data_path` where the set is not RecBole's own. On a CPU the same commit with the same number of "
+        f"threads ({threads} here; `OMP_NUM_THREADS` and `NUMBA_NUM_THREADS` set it) gives the same result to 3 "
+        "places; another number sums in another order, which training magnifies to about a percent. "
+        "`--exclude_history=True` with `--mode evaluate --checkpoint FILE` gives the second protocol."
     )
     heads = ["run", f"test NDCG@{K}, {FULL}", UNSEEN, "commit"]
     rows = [
