@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import recbole.config
+import torch
 import yaml
 from recbole.utils import InputType, ModelType
 
@@ -26,7 +27,9 @@ TIME_ORDERS = ("exact", "float32")
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
 COMMAND_OPTIONS = {
     "config_files", "nproc", "ip", "port", "world_size", "group_offset",
-    "list_models", "checkpoint", "mode", "resume", "result_file",
+    "list_models", "checkpoint", "mode", "resume", "result_file", "engine",
+    "params_file", "output_file", "display_file", "tool", "address", "scheduler", "search_alg", "num_samples",
+    "max_concurrent", "cpus_per_trial", "gpus_per_trial", "time_budget", "storage_path", "name",
 }  # fmt: skip
 
 # Settings that RecBole reads although none of its property files of sequential models lists them.
@@ -110,6 +113,11 @@ class Config(recbole.config.Config):
             changes["eval_args"] = {**given["eval_args"], **changes["eval_args"]}
         return _RebuiltConfig(config_dict={**given, **changes})
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "Config":
+        """The configuration of ``model``, ``dataset`` and what else is in ``settings``, without the command line."""
+        return _SettingsConfig(config_dict=settings)
+
     def compatibility_settings(self):
         """Names that RecBole uses and NumPy 2 removed; RecBole sets these itself, from names that are gone too."""
         aliases = {"bool": np.bool_, "int": np.int_, "float": np.float64, "complex": np.complex128}
@@ -156,7 +164,7 @@ class Config(recbole.config.Config):
             if name in list_models():
                 raise UserError(f"model {name} cannot be loaded: {error}.") from error
             raise UserError(
-                f"unknown model {name!r}{_suggestion(str(name), list_models())} --list_models names all."
+                f"unknown model {name!r}{suggestion(str(name), list_models())} --list_models names all."
             ) from error
 
     def _load_internal_config_dict(self, model, model_class, dataset):
@@ -186,7 +194,7 @@ class Config(recbole.config.Config):
         known.update(*self.parameters.values())
         for key in [key for key in self.external_config_dict if key not in known]:
             if key in self.file_config_dict or key in self.variable_config_dict:
-                raise UserError(f"unknown setting {key!r}{_suggestion(key, sorted(known))}")
+                raise UserError(f"unknown setting {key!r}{suggestion(key, sorted(known))}")
             # Only in sys.argv: of run_recbole this is refused by the command itself, else it is a script's own flag.
             logging.getLogger().warning(f"--{key} is no setting of this model; it is left to the script")
             del self.external_config_dict[key]
@@ -207,6 +215,29 @@ class Config(recbole.config.Config):
         self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
         return final
+
+    def _init_device(self):
+        """As RecBole's for one process; one of several joins the others, on a CPU as well."""
+        final = self.final_config_dict
+        rank = final.get("local_rank")
+        if rank is None:
+            super()._init_device()
+            return
+        del final["local_rank"]  # to RecBole each process is one alone
+        super()._init_device()
+        final["local_rank"] = rank
+        if final["device"].type == "cuda":
+            final["device"] = torch.device("cuda", rank)
+            torch.cuda.set_device(rank)
+        if rank + final["offset"]:
+            final |= {"state": "error", "show_progress": False}
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                "nccl" if final["device"].type == "cuda" else "gloo",
+                init_method=f"tcp://{final['ip']}:{final['port']}",
+                rank=rank + final["offset"],
+                world_size=final["world_size"],
+            )
 
     def _set_default_parameters(self):
         super()._set_default_parameters()
@@ -261,15 +292,17 @@ class Config(recbole.config.Config):
             )
 
 
-class _RebuiltConfig(Config):
+class _SettingsConfig(Config):
+    def _load_cmd_line(self):
+        return {}
+
+
+class _RebuiltConfig(_SettingsConfig):
     def _wants_tuned(self):
         return False  # what a file says now may not be what the run was started with
 
     def _load_variable_config_dict(self, config_dict):
         return config_dict
-
-    def _load_cmd_line(self):
-        return {}
 
 
 def _literal(text: str):
@@ -295,7 +328,8 @@ def _plain(value):
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def _suggestion(word: str, known: list[str]) -> str:
+def suggestion(word: str, known: list[str]) -> str:
+    """How a sentence about an unknown word ends: with the known one next to it, where there is one."""
     folded = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), folded, n=1)
     return f", did you mean {folded[near[0]]!r}?" if near else "."

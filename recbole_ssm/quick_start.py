@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from recbole.utils import (
 from recbole_ssm.checkpoint import load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
+from recbole_ssm.distributed import rank, world_size
 from recbole_ssm.errors import UserError
+from recbole_ssm.launch import launch
 from recbole_ssm.registry import MODELS, model_class
-from recbole_ssm.trainer import get_trainer
+from recbole_ssm.trainer import SequenceTrainer, get_trainer
 
 RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
 
@@ -129,17 +132,21 @@ def train_and_test(
         callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
         test: whether to read the test set; without it the result of the test is None.
     """
-    logger = start_logging(config)
-    dataset, loaders = load_data(config)
-    train_data, valid_data, test_data = loaders
-    model = build_model(config, train_data)
-    logger.info(model)
-    if config["model"] not in MODELS:
-        # RecBole counts the layers that it knows, which leaves the scans of our models out.
-        flops = get_flops(model, dataset, config["device"], logger, construct_transform(config))
-        logger.info(set_color("FLOPs", "blue") + f": {flops}")
+    trainer, loaders = prepare(config)
+    return fit(trainer, loaders, saved, resume_file, callback_fn, test)
 
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+
+def fit(
+    trainer,
+    loaders,
+    saved: bool = True,
+    resume_file: str | None = None,
+    callback_fn: Callable | None = None,
+    test: bool = True,
+) -> Run:
+    """Train and test what :func:`prepare` made; see :func:`train_and_test`."""
+    config, logger = trainer.config, logging.getLogger()
+    train_data, valid_data, test_data = loaders
     if resume_file is not None:
         trainer.resume_checkpoint(resume_file)
     best_valid_score, best_valid_result = trainer.fit(
@@ -158,10 +165,32 @@ def train_and_test(
     }
     checkpoint = str(trainer.saved_model_file) if saved else None
     log_results(logger, result, checkpoint)
-    if not config["single_spec"]:
-        torch.distributed.destroy_process_group()
     timings = trainer.timings.summary() if hasattr(trainer, "timings") else {}
     return Run(config, result, checkpoint, timings, getattr(trainer, "best_epoch", None))
+
+
+def prepare(config: Config, dataset=None):
+    """All that a run has before its first step.
+
+    Args:
+        config: the configuration.
+        dataset: the filtered data, where they are loaded already.
+
+    Returns:
+        The trainer of a freshly initialised model, and the training, validation and test loaders.
+    """
+    logger = start_logging(config)
+    dataset, loaders = load_data(config, dataset)
+    model = build_model(config, loaders[0])
+    logger.info(model)
+    if config["model"] not in MODELS:
+        # RecBole counts the layers that it knows, which leaves the scans of our models out.
+        flops = get_flops(model, dataset, config["device"], logger, construct_transform(config))
+        logger.info(set_color("FLOPs", "blue") + f": {flops}")
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    if world_size() > 1 and not isinstance(trainer, SequenceTrainer):
+        raise UserError(f"{config['model']} has a trainer of its own, which runs in one process: leave --nproc out.")
+    return trainer, loaders
 
 
 def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
@@ -215,6 +244,8 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config
 def start_logging(config: Config) -> logging.Logger:
     """Seed the random generators, start RecBole's log, and log the configuration."""
     init_seed(config["seed"], config["reproducibility"])
+    for folder in (f"log/{config['model']}", config["checkpoint_dir"]):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # RecBole's way fails where another process is first
     init_logger(config)
     logger = logging.getLogger()
     logger.info(sys.argv)
@@ -223,16 +254,16 @@ def start_logging(config: Config) -> logging.Logger:
     return logger
 
 
-def load_data(config: Config):
-    """The filtered dataset, and its training, validation and test loaders."""
-    dataset = create_dataset(config)
+def load_data(config: Config, dataset=None):
+    """The filtered dataset (``dataset`` where it is loaded already), and its training, validation and test loaders."""
+    dataset = create_dataset(config) if dataset is None else dataset
     logging.getLogger().info(dataset)
     return dataset, data_preparation(config, dataset)
 
 
 def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    init_seed(config["seed"] + rank(), config["reproducibility"])
     try:
         return model_class(config)(config, train_data._dataset).to(config["device"])
     except UserError:
@@ -261,31 +292,53 @@ def run(
     port="5678",
     group_offset=0,
 ):
-    """Run in one process, or in ``nproc`` on as many GPUs, as :func:`recbole.quick_start.run`.
+    """Run in one process, or in several that train one model, as :func:`recbole.quick_start.run`.
+
+    ``train_batch_size`` is that of all processes together; results are those of one process with it, up to rounding
+    and the random numbers that each process draws for itself.
+
+    Args:
+        model (str): see :func:`run_recbole`, as for the next four.
+        dataset (str): dataset name.
+        config_file_list (list of str): YAML files with settings.
+        config_dict (dict): settings, above those of the files.
+        saved (bool): whether to save the model.
+        nproc (int): see :func:`recbole_ssm.launch.launch`, as for the last four.
+        world_size (int): processes on all machines.
+        ip (str): address of the first machine.
+        port (str): its port.
+        group_offset (int): rank of this machine's first process.
 
     Raises:
-        UserError: where this machine has fewer GPUs than processes.
+        UserError: for settings or data that cannot be used, or where a process fails or dies.
     """
     if nproc == 1 and world_size <= 0:
         return run_recbole(model, dataset, config_file_list, config_dict, saved)
-    config = Config(model, dataset, config_file_list, config_dict)
-    named = len(config["gpu_id"].split(","))
-    if torch.cuda.device_count() < nproc or named < nproc:
-        raise UserError(
-            f"--nproc={nproc} needs as many GPUs; gpu_id names {named} and {torch.cuda.device_count()} can be used: "
-            "name more (--gpu_id=0,1), or leave --nproc out."
-        )
-    if config["train_mode"] == "sequence":
-        raise UserError("train_mode: sequence runs in one process: leave --nproc out, or set train_mode: prefix.")
-    config_dict = dict(config_dict or {})
-    config_dict |= {"world_size": nproc if world_size == -1 else world_size, "ip": ip, "port": port}
-    config_dict |= {"nproc": nproc, "offset": group_offset}
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(
-        _run_rank, args=(model, dataset, config_file_list, config_dict, saved, queue), nprocs=nproc
-    )
-    return None if queue.empty() else queue.get()
+    configuration, settings = partial(Config, model, dataset, config_file_list), config_dict or {}
+    job = partial(train_by_settings, configuration, saved=saved)
+    return launch(job, configuration(settings), settings, nproc, world_size, ip, port, group_offset)
 
 
-def _run_rank(rank, model, dataset, config_file_list, config_dict, saved, queue):
-    run_recbole(model, dataset, config_file_list, {**config_dict, "local_rank": rank}, saved, queue)
+def train_by_settings(
+    configuration: Callable[[dict[str, Any]], Config],
+    settings: dict[str, Any],
+    saved: bool = True,
+    resume_file: str | None = None,
+    result_file: str | None = None,
+) -> dict[str, Any]:
+    """What each of several processes does: :func:`train_and_test`, and the first writes what there is to tell.
+
+    Args:
+        configuration: makes the configuration from ``settings``.
+        settings: those of this process.
+        saved: see :func:`run_recbole`.
+        resume_file: checkpoint of an interrupted run with this configuration, by however many processes.
+        result_file: see :meth:`Run.write`.
+
+    Returns:
+        RecBole's result.
+    """
+    run = train_and_test(configuration(settings), saved, resume_file)
+    if result_file is not None and run.config["local_rank"] == 0:
+        run.write(result_file)
+    return run.result

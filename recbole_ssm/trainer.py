@@ -13,11 +13,13 @@ import recbole.utils
 import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_gpu_usage, get_local_time, set_color
-from torch import optim
+from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
+from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
 from recbole_ssm.errors import UserError
 from recbole_ssm.models.base import PackedRecommender
 
@@ -78,13 +80,15 @@ class DurableTraining(Trainer):
     """
 
     resumable = True
+    evaluator: Any
 
     def __init__(self, config, model):
         super().__init__(config, model)
         # RecBole names the file by the second, which two runs started together share.
         name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{os.getpid()}.pth"]
-        if not config["single_spec"]:
+        if world_size() > 1:
             torch.distributed.broadcast_object_list(name)
+            self.evaluator = MergedEvaluator(self.evaluator)
         self.saved_model_file = os.path.join(self.checkpoint_dir, name[0])
         self.timings = Timings()
         self._epoch = 0
@@ -106,7 +110,8 @@ class DurableTraining(Trainer):
         self._train_data = train_data
         self._validates = bool(valid_data) and self.eval_step > 0
         if self._resume is not None:
-            set_random_state(self._resume["random"])
+            if rank() == 0:  # the others keep a random stream of their own
+                set_random_state(self._resume["random"])
             if "loader" in self._resume:
                 train_data.generator.set_state(self._resume["loader"].cpu())
             if self.start_epoch >= self.epochs or self.cur_step > self.stopping_step:
@@ -155,12 +160,14 @@ class DurableTraining(Trainer):
         if not eval_data:
             return None
         if load_best_model:
-            if not self.config["single_spec"]:
-                torch.distributed.barrier()  # rank 0 writes the file
             file = model_file or self.saved_model_file
-            load_weights(self.model, load_checkpoint(file, self.device), file)
+            if rank() == 0:  # who wrote it, perhaps on another machine
+                load_weights(self.model, load_checkpoint(file, self.device), file)
+            same_weights(self.model)
             self.logger.info(f"Loading model structure and parameters from {file}")
         begin = perf_counter()
+        if world_size() > 1:
+            self.evaluator.surplus = surplus_rows(eval_data)
         with self._precision_of_evaluation():
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         self.timings.eval_seconds.append(perf_counter() - begin)
@@ -193,7 +200,7 @@ class DurableTraining(Trainer):
             self.logger.info(f"Saving current: {self.saved_model_file}")
 
     def _write_checkpoint(self, epoch: int) -> None:
-        if self.config["local_rank"] != 0:
+        if rank() != 0:
             return
         resume: dict[str, Any] = {
             "epoch": epoch,
@@ -265,6 +272,17 @@ class DurableTraining(Trainer):
         self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
 
 
+class _Loss(nn.Module):
+    """A model's loss as a module's forward pass, which DistributedDataParallel wants."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Any:
+        return self.model.calculate_loss(batch)
+
+
 class SequenceTrainer(DurableTraining):
     """Trainer of this package's models, and of those that RecBole's own ``Trainer`` trains.
 
@@ -282,10 +300,13 @@ class SequenceTrainer(DurableTraining):
         scaled = self.enable_scaler or (self.enable_amp and half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.lr_schedule = config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0
-        if self.lr_schedule != ("constant", 0.0) and not config["single_spec"]:
-            raise UserError(
-                f"lr_scheduler_type {self.lr_schedule[0]} with warmup_ratio {self.lr_schedule[1]} runs in one process: "
-                "leave --nproc out, or set constant and 0 (--tuned=False, where this set's tuned settings hold them)."
+        self._shared_loss = None
+        if world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._shared_loss = DistributedDataParallel(
+                _Loss(model),
+                device_ids=devices,
+                find_unused_parameters=not isinstance(model, PackedRecommender),
             )
 
     def _build_optimizer(self, **kwargs):
@@ -304,10 +325,8 @@ class SequenceTrainer(DurableTraining):
         return self._autocast() if isinstance(self.model, PackedRecommender) else nullcontext()
 
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
-        if not self.config["single_spec"]:
-            return super()._optimize(train_data, epoch_idx, loss_func, show_progress)
         self.model.train()
-        loss_func = loss_func or self.model.calculate_loss
+        loss_func = self._shared_loss or loss_func or self.model.calculate_loss
         description = set_color(f"Train {epoch_idx:>5}", "pink")
         steps = tqdm(train_data, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
         total: Any = 0.0
@@ -317,21 +336,24 @@ class SequenceTrainer(DurableTraining):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * learning_rate_factor(*self.lr_schedule, progress)
             self.optimizer.zero_grad()
-            with self._autocast():
+            weight = getattr(batch, "weight", 1.0)
+            with self._autocast(), weighted(weight):
                 losses = loss_func(batch.to(self.device))
             terms = losses if isinstance(losses, tuple) else (losses,)
             loss = torch.stack(terms).sum()
             if self.device.type == "cpu" or step % STEPS_PER_CHECK == 0:
                 self._check_nan(loss)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss * weight).backward()
             if self.clip_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            total = total + torch.stack(terms).detach().double()
+            total = total + torch.stack(terms).detach().double() * (weight / world_size())
             if show_progress and self.gpu_available:
                 steps.set_postfix_str(set_color("GPU RAM: " + get_gpu_usage(self.device), "yellow"))
+        if world_size() > 1:
+            torch.distributed.all_reduce(total)
         self._check_nan(total.sum())
         sums = total.tolist()
         return tuple(sums) if len(sums) > 1 else sums[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class SequenceBatch:
         target_rows: rows whose next item is a target of this step, int64 ``[M]``; the other rows are context.
         targets: the items to predict there, int64 ``[M]``.
         negatives: sampled items, int64 ``[M, K]``; absent where the loss needs none.
+        weight: see :func:`recbole_ssm.distributed.weighted`.
     """
 
     items: Tensor
@@ -24,13 +26,15 @@ class SequenceBatch:
     target_rows: Tensor
     targets: Tensor
     negatives: Tensor | None = None
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SequenceBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+        mapped: dict[str, Any] = {k: function(value) for k, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The same batch on another device."""

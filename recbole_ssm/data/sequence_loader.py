@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.sequence_dataset import SequenceDataset
+from recbole_ssm.distributed import own_rows, share, world_size
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 
@@ -49,6 +50,8 @@ def cut_windows(
 class SequenceDataLoader(DataLoader):
     """Batches of windows of users' training histories with about ``train_batch_size`` targets each.
 
+    Where several processes train together, each gathers its share of every batch's windows.
+
     A target at position ``p + 1`` is predicted at ``p``. Epoch ``e`` depends on the seed and ``e`` alone, so a
     resumed run sees what an uninterrupted one would.
 
@@ -65,6 +68,7 @@ class SequenceDataLoader(DataLoader):
         self.num_targets = len(targets)
         self._is_target = np.zeros(len(dataset.sorted_items), dtype=bool)
         self._is_target[targets] = True
+        self._targets_before = np.concatenate([[0], np.cumsum(self._is_target)])
         self._start, first = np.unique(dataset.user_start.numpy()[targets], return_inverse=True)
         self._stop = np.zeros_like(self._start)
         np.maximum.at(self._stop, first, targets)  # the last target is predicted, never read
@@ -93,8 +97,7 @@ class SequenceDataLoader(DataLoader):
         """The windows of each batch."""
         generator = np.random.default_rng([self.config["seed"], self._epoch]) if self.shuffle else None
         windows = cut_windows(self._start, self._stop, self.config["MAX_ITEM_LIST_LENGTH"], generator)
-        before = np.concatenate([[0], np.cumsum(self._is_target)])
-        owned = before[windows[:, 2] + 1] - before[windows[:, 1] + 1]
+        owned = self._targets_of(windows)
         windows, owned = windows[owned > 0], owned[owned > 0]
         if generator is not None:
             order = generator.permutation(len(windows))
@@ -102,8 +105,16 @@ class SequenceDataLoader(DataLoader):
         batch = (np.cumsum(owned) - owned) // self.config["train_batch_size"]
         return np.split(windows, np.flatnonzero(np.diff(batch)) + 1)
 
+    def _targets_of(self, windows: np.ndarray) -> np.ndarray:
+        """How many targets each window owns."""
+        return self._targets_before[windows[:, 2] + 1] - self._targets_before[windows[:, 1] + 1]
+
     def collate(self, windows: np.ndarray) -> SequenceBatch:
-        """Gather the windows ``[W, 3]`` of one batch."""
+        """Gather this process's share of the windows ``[W, 3]`` of one batch."""
+        whole, windows = windows, share(windows)
+        weight = self._targets_of(windows).sum() * world_size() / self._targets_of(whole).sum()
+        if not own_rows(len(whole)):
+            weight = 0.0
         begin, owned, end = torch.from_numpy(windows).unbind(1)
         cu_seqlens = cu_seqlens_from_lengths(end - begin)
         offset = begin - cu_seqlens[:-1]
@@ -115,7 +126,7 @@ class SequenceDataLoader(DataLoader):
         gaps, items = self._dataset.sorted_gaps, items[place]
         if gaps is not None:
             items = torch.stack([items, gaps[place]], -1)
-        return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets))
+        return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets), float(weight))
 
     def _sample(self, targets: Tensor) -> Tensor | None:
         """``K`` items for each target, none of them the target itself, from the distribution of RecBole's sampler."""

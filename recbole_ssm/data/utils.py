@@ -14,6 +14,7 @@ from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
+from recbole_ssm.distributed import share_batches, world_size
 from recbole_ssm.errors import UserError
 
 # Scores that exist at a time in full ranking, on a CPU and on a GPU; RecBole's metrics make some copies of them.
@@ -56,14 +57,20 @@ def create_dataset(config):
     if os.path.exists(file):
         with open(file, "rb") as f:
             saved = pickle.load(f)
-        same = all(config[key] == saved.config[key] for key in [*dataset_arguments, *OWN_ARGUMENTS])
-        if same and bool(config["use_time_gaps"]) == bool(saved.config["use_time_gaps"]):
+        if made_alike(config, saved.config):
             logging.getLogger().info(set_color("Load filtered dataset from", "pink") + f": [{file}]")
             return saved
     dataset = cls(config)
     if config["save_dataset"]:
         dataset.save()
     return dataset
+
+
+def made_alike(config, other) -> bool:
+    """Whether two configurations give the same filtered data."""
+    same = all(config[key] == other[key] for key in [*dataset_arguments, *OWN_ARGUMENTS])
+    gaps = bool(config["use_time_gaps"]) == bool(other["use_time_gaps"])
+    return same and gaps and dataset_class(config) is dataset_class(other)
 
 
 def data_preparation(config, dataset):
@@ -78,12 +85,13 @@ def data_preparation(config, dataset):
     _bound_scores(config, dataset)
     if config["train_mode"] != "sequence":
         train_data, *eval_data = recbole_data_preparation(config, dataset)
+        share_batches(train_data)
     else:
         train_data, *eval_data = _whole_histories(config, dataset)
     if config["exclude_history"]:
         _check_exclusion(config, dataset)
         eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
-    return train_data, *eval_data
+    return train_data, *(share_batches(data) for data in eval_data)
 
 
 def _whole_histories(config, dataset):
@@ -110,7 +118,7 @@ def _bound_scores(config, dataset) -> None:
     RecBole does so for its other models; a sequential one would hold those of 4096 users, whatever the catalogue.
     """
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and "full" in config["eval_args"]["mode"].values():
-        most = max(1, SCORES_AT_A_TIME[config["device"].type == "cuda"] // dataset.item_num)
+        most = max(world_size(), SCORES_AT_A_TIME[config["device"].type == "cuda"] // dataset.item_num)
         config["eval_batch_size"] = min(config["eval_batch_size"], most)
 
 
@@ -132,5 +140,3 @@ def _check_sequence_mode(config, dataset) -> None:
         raise UserError(f"train_mode: sequence samples no dynamic negatives; {remedy}")
     if config["transform"]:
         raise UserError(f"train_mode: sequence applies no transform ({config['transform']}); {remedy}")
-    if not config["single_spec"]:
-        raise UserError(f"train_mode: sequence runs in one process; {remedy}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_ssm.distributed import mean_over_processes
+
 
 class Mixture(NamedTuple):
     """What :class:`MixtureOfExperts` computes for ``M`` representations.
@@ -120,7 +122,8 @@ def load_balance(gate: Tensor, chosen: Tensor | None = None) -> Tensor:
         chosen: int64 ``[M, k]``.
     """
     share = gate.mean(0, dtype=torch.promote_types(gate.dtype, torch.float32))
-    used = share
+    used = share = mean_over_processes(share)
     if chosen is not None:
-        used = torch.bincount(chosen.flatten(), minlength=len(share)).to(share.dtype) / max(1, chosen.numel())
+        counts = torch.bincount(chosen.flatten(), minlength=len(share)).to(share.dtype)
+        used = mean_over_processes(counts / max(1, chosen.numel()))
     return len(share) * (used * share).sum() - 1

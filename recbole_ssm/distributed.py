@@ -1,0 +1,117 @@
+"""Several processes train one model together: shares of a batch, and what all must agree on.
+
+Every process goes through the same batches as one process alone would, and takes every so-many-th row of each. Losses
+are means over rows, so a process's counts by its share of them (:func:`weighted`); gradients are summed by torch's
+DistributedDataParallel. RecBole's own ways for several processes, which double rows and average metrics, stay off: to
+RecBole each process is one alone (``single_spec``).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from recbole.evaluator.collector import DataStruct
+from torch import Tensor, nn
+
+_weight = 1.0
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def same_weights(model: nn.Module) -> None:
+    """Give all processes the first one's weights."""
+    if world_size() > 1:
+        for weight in model.state_dict().values():
+            dist.broadcast(weight, 0)
+
+
+def share(rows: Any) -> Any:
+    """This process's rows of a batch that all processes see; the first row where there are fewer than processes.
+
+    A row that is taken for want of an own one must not count: see :func:`own_rows`.
+    """
+    own = rows[rank() :: world_size()]
+    return own if len(own) else rows[:1]
+
+
+def own_rows(count: int) -> int:
+    """How many rows of a batch of ``count`` are this process's."""
+    return len(range(rank(), count, world_size()))
+
+
+def share_batches(loader: Any) -> Any:
+    """Let a loader of RecBole's gather this process's share of each batch alone; returns it."""
+    if world_size() > 1:
+        loader.collate_fn = partial(_collate_share, loader.collate_fn)
+    return loader
+
+
+def _collate_share(collate: Callable[[Any], Any], index: list[int]) -> Any:
+    batch = collate(share(index))
+    weight = own_rows(len(index)) * world_size() / len(index)
+    if not isinstance(batch, tuple):
+        batch.weight = weight
+    return batch
+
+
+@contextmanager
+def weighted(weight: float) -> Iterator[None]:
+    """Say how much this process's share of the current batch weighs: its part of the rows times the processes."""
+    global _weight
+    before, _weight = _weight, weight
+    try:
+        yield
+    finally:
+        _weight = before
+
+
+def mean_over_processes(mean: Tensor) -> Tensor:
+    """A mean over this process's rows as that over all processes' rows.
+
+    For losses that are no means over rows themselves but functions of one. The gradient stays that of this process's
+    rows, which the gradients' own mean over processes completes.
+    """
+    if world_size() == 1:
+        return mean
+    whole = mean.detach() * (_weight / world_size())
+    dist.all_reduce(whole)
+    return mean + (whole - mean.detach())
+
+
+class MergedEvaluator:
+    """An evaluator of RecBole's over the rows of all processes.
+
+    Args:
+        evaluator: what it stands in front of.
+    """
+
+    def __init__(self, evaluator: Any):
+        self._evaluator = evaluator
+        self.surplus = 0  # last rows of this process that must not count
+
+    def evaluate(self, struct: DataStruct) -> Any:
+        """Metrics over the rows of all processes, the same on each."""
+        rows = {key: value for key, value in struct._data_dict.items() if key.startswith("rec.") or key == "data.label"}
+        own = {key: value[: len(value) - self.surplus].cpu() for key, value in rows.items()}
+        of_all: list[Any] = [None] * world_size()
+        dist.all_gather_object(of_all, own)
+        for key in rows:
+            struct.set(key, torch.cat([part[key] for part in of_all]))
+        return self._evaluator.evaluate(struct)
+
+
+def surplus_rows(loader: Any) -> int:
+    """How many of the last rows that this process gathers from a loader are not its own (see :func:`share`)."""
+    last_batch = loader.sample_size % loader.step or loader.step
+    return 0 if own_rows(last_batch) else 1

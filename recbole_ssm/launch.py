@@ -1,0 +1,88 @@
+"""Start several processes that train one model, on this machine alone or with those of others."""
+
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from recbole_ssm.config import Config
+from recbole_ssm.errors import UserError
+
+
+def launch(
+    job: Callable[[dict[str, Any]], Any],
+    config: Config,
+    settings: dict[str, Any],
+    nproc: int,
+    world_size: int = -1,
+    ip: str = "localhost",
+    port: str | int = "5678",
+    group_offset: int = 0,
+) -> Any:
+    """Run a job in several processes at a time; where one ends before its time, the others are stopped.
+
+    Args:
+        job: what each process does with its settings; it is pickled.
+        config: the configuration that ``settings`` make.
+        settings: those of all processes, to which each has what it needs to find the others added.
+        nproc: processes on this machine: one a GPU, or all on the CPU where there is none.
+        world_size: processes on all machines; those of this one where it is -1.
+        ip: address of the first machine.
+        port: its port; a free one where all processes are on this machine.
+        group_offset: rank of this machine's first process.
+
+    Returns:
+        What the job returned in this machine's first process.
+
+    Raises:
+        UserError: where this machine has fewer GPUs than processes, or a process fails or dies.
+    """
+    if config["device"].type == "cuda":
+        named = len(config["gpu_id"].split(","))
+        if torch.cuda.device_count() < nproc or named < nproc:
+            raise UserError(
+                f"--nproc={nproc} needs as many GPUs; gpu_id names {named} and {torch.cuda.device_count()} can be "
+                "used: name more (--gpu_id=0,1), leave --nproc out, or use the CPU alone (--gpu_id='')."
+            )
+    alone = world_size == -1
+    settings = {
+        **settings, "nproc": nproc, "offset": group_offset, "ip": ip,
+        "world_size": nproc if alone else world_size, "port": free_port() if alone else port,
+    }  # fmt: skip
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    workers = torch.multiprocessing.spawn(_run_rank, (job, settings, queue), nproc, join=False)
+    try:
+        while not workers.join():
+            pass
+    except ProcessExitedException as error:
+        if not queue.empty():
+            raise UserError(queue.get()) from error
+        how = error.signal_name or f"exit code {error.exit_code}"
+        raise UserError(
+            f"process {error.error_index} of {nproc} died ({how}) and the others were stopped; the log names the "
+            "checkpoint, from which the run goes on with --resume."
+        ) from error
+    return queue.get()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def _run_rank(rank, job, settings, queue):
+    # Each process would take all cores.
+    torch.set_num_threads(max(1, torch.get_num_threads() // settings["nproc"]))
+    try:
+        result = job({**settings, "local_rank": rank})
+    except UserError as error:
+        queue.put(f"process {rank}: {error}")
+        sys.exit(1)
+    if rank == 0:
+        queue.put(result)
+    torch.distributed.destroy_process_group()
