@@ -3,6 +3,9 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 DESCRIPTION = """\
 Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
@@ -35,12 +38,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", choices=("train", "evaluate"), default="train", help="train and test (default), or evaluate only"
     )
     parser.add_argument("--result_file", metavar="FILE.json", help="write results, settings and timings there")
-    processes = parser.add_argument_group("several GPUs, as in RecBole")
-    processes.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a GPU (default: 1)")
+    processes = parser.add_argument_group("several processes, as in RecBole: one a GPU, or all on the CPU")
+    processes.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
     processes.add_argument("--ip", default="localhost", help="address of the first machine")
     processes.add_argument("--port", default="5678", help="port of the first machine")
     processes.add_argument("--world_size", type=int, default=-1, help="processes on all machines")
     processes.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
+    processes.add_argument(
+        "--engine", choices=("torch", "ray"), default="torch",
+        help="ray: on a Ray cluster, --nproc processes in all, started again from the last checkpoint if one dies",
+    )  # fmt: skip
+    processes.add_argument("--address", help="with --engine ray: address of a running cluster, or auto")
     return parser
 
 
@@ -61,6 +69,17 @@ def parse_settings(words: list[str]) -> dict[str, str]:
     return settings
 
 
+def model_and_dataset(args: argparse.Namespace, files: list[str] | None) -> tuple[str, str]:
+    """Names from the command line, else from its config files, else the defaults."""
+    import yaml
+
+    given: dict[str, str] = {}
+    for path in (Path(file) for file in files or []):
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        given |= content if isinstance(content, dict) else {}  # what is wrong with a file, the configuration says
+    return args.model or given.get("model", "STARRec"), args.dataset or given.get("dataset", "ml-100k")
+
+
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     parser = build_parser()
@@ -71,6 +90,7 @@ def main() -> int:
     from recbole_ssm import quick_start
     from recbole_ssm.config import Config
     from recbole_ssm.errors import UserError
+    from recbole_ssm.launch import launch
     from recbole_ssm.registry import list_models
 
     if args.list_models:
@@ -85,12 +105,27 @@ def main() -> int:
             raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
         if (args.resume or args.checkpoint) and (args.model or args.dataset or files):
             raise UserError("--model, --dataset and --config_files are those of the checkpoint: leave them out.")
-        model, dataset = args.model or "STARRec", args.dataset or "ml-100k"
-        if args.nproc != 1 or args.world_size > 0:
+        model, dataset = model_and_dataset(args, files)
+        if args.address and args.engine != "ray":
+            raise UserError("--address is that of a Ray cluster: add --engine ray.")
+        if args.engine == "ray":
             if args.result_file or args.resume or args.checkpoint:
-                raise UserError("--nproc goes with training from the start and without --result_file.")
-            quick_start.run(
-                model, dataset, files, settings, True,
+                raise UserError("--engine ray goes with training from the start and without --result_file.")
+            from recbole_ssm.engine import train_on_ray
+
+            train_on_ray(model, dataset, files, settings, args.nproc, args.address)
+            return 0
+        if args.nproc != 1 or args.world_size > 0:
+            if args.checkpoint:
+                raise UserError("--mode evaluate runs in one process: leave --nproc out.")
+            configuration: Callable[[dict[str, str]], Config] = partial(Config, model, dataset, files)
+            if args.resume:
+                configuration = partial(quick_start.config_of, args.resume)
+            train = partial(
+                quick_start.train_by_settings, configuration, resume_file=args.resume, result_file=args.result_file
+            )
+            launch(
+                train, configuration(settings), settings,
                 args.nproc, args.world_size, args.ip, args.port, args.group_offset,
             )  # fmt: skip
             return 0
