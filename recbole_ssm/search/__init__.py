@@ -1,0 +1,6 @@
+"""Hyper-parameter search with Ray Tune, through the same property files as a run."""
+
+from recbole_ssm.search.space import read_space, search_file
+from recbole_ssm.search.tuner import Search, resume, tune
+
+__all__ = ["Search", "read_space", "resume", "search_file", "tune"]

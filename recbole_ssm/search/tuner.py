@@ -1,0 +1,297 @@
+"""Searches: Ray Tune's Tuner over trials of one model on one set."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recbole.utils import init_logger
+
+from recbole_ssm.cluster import all_gpus_visible, start_ray
+from recbole_ssm.config import Config, suggestion
+from recbole_ssm.data import create_dataset
+from recbole_ssm.errors import UserError
+from recbole_ssm.search.space import Parameter, Space, read_space, search_file, space_of
+
+if TYPE_CHECKING:
+    from ray.tune import ResultGrid, Tuner
+
+SCHEDULERS = ("asha", "median", "pbt", "none")
+ALGORITHMS = ("random", "grid", "optuna", "hyperopt")
+
+SEARCH_FILE, FOLDER_PREFIX = "search.json", "trial_"
+
+# ASHA looks first after a tenth of a run's evaluations, and lets a third of the trials pass each look.
+FIRST_LOOK, REDUCTION = 10, 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched and how; kept beside its results, for :func:`resume`.
+
+    Attributes:
+        settings: of all trials, above the property files; ``model`` and ``dataset`` among them.
+        space: what is searched, in the form of a YAML file (:func:`recbole_ssm.search.read_space`).
+        bigger: whether a larger validation score is better.
+        scheduler: what stops trials early, one of :data:`SCHEDULERS`.
+        algorithm: what proposes values, one of :data:`ALGORITHMS`.
+        num_samples: number of trials; with ``grid``, how many times to try the whole grid.
+        max_concurrent: most trials at a time; as many as there is room for where absent.
+        cpus_per_trial: cores of a trial.
+        gpus_per_trial: GPUs of a trial, or a part of one.
+        time_budget: seconds after which no trial goes on; no end where absent.
+        seed: of the values that are proposed.
+    """
+
+    settings: dict[str, Any]
+    space: dict[str, Any]
+    bigger: bool = True
+    scheduler: str = "asha"
+    algorithm: str = "random"
+    num_samples: int = 10
+    max_concurrent: int | None = None
+    cpus_per_trial: float = 1
+    gpus_per_trial: float = 0
+    time_budget: float | None = None
+    seed: int = 2020
+
+    def __post_init__(self):
+        for name, value, choices in (
+            ("scheduler", self.scheduler, SCHEDULERS),
+            ("search algorithm", self.algorithm, ALGORITHMS),
+        ):
+            if value not in choices:
+                raise UserError(f"there is no {name} {value!r}: choose one of {', '.join(choices)}.")
+        if self.num_samples < 1:
+            raise UserError(f"num_samples is {self.num_samples}: at least one trial is needed.")
+        endless = [name for name, parameter in self.parameters().items() if parameter.grid() is None]
+        if self.algorithm == "grid" and endless:
+            raise UserError(f"a grid needs values to choose from, which {', '.join(endless)} has not: write choice.")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Search":
+        """Read what a search was started with.
+
+        Raises:
+            UserError: where the folder holds none.
+        """
+        file = folder / SEARCH_FILE
+        if not file.is_file():
+            raise UserError(f"{folder} holds no search: there is no {SEARCH_FILE} in it.")
+        return cls(**json.loads(file.read_text()))
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the folder of its results."""
+        folder.mkdir(parents=True)
+        (folder / SEARCH_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def parameters(self) -> Space:
+        """What is searched."""
+        return space_of(self.space)
+
+    def trial_count(self) -> int:
+        """Number of trials."""
+        grids = [parameter.grid() or [] for parameter in self.parameters().values()]
+        return self.num_samples * (math.prod(map(len, grids)) if self.algorithm == "grid" else 1)
+
+    def chosen(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A trial's values as settings: steps of ``quniform`` without the error of their multiplication."""
+        return {
+            name: parameter.round(values[name]) if parameter.kind == "quniform" else values[name]
+            for name, parameter in self.parameters().items()
+        }
+
+    def config(self) -> Config:
+        """The configuration that all trials start from.
+
+        Raises:
+            UserError: where its runs have no validation score to be compared by.
+        """
+        config = Config.from_settings(self.settings)
+        if not config["eval_step"] > 0:
+            raise UserError(f"eval_step is {config['eval_step']}: trials are compared by their validation score.")
+        return config
+
+
+def tune(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    *,
+    space: Space | dict[str, Any] | str | Path | None = None,
+    storage_path: str | Path = "search",
+    name: str | None = None,
+    address: str | None = None,
+    **options: Any,
+) -> "ResultGrid":
+    """Search a model's settings with Ray Tune, by the validation set.
+
+    Each trial is a run of :func:`recbole_ssm.run_recbole` without its test. Trials are compared by the best validation
+    score so far, in the direction of ``valid_metric``. A trial that fails is noted, and the search goes on.
+
+    Args:
+        model: model name, ours or RecBole's.
+        dataset: dataset name.
+        config_file_list: YAML files with settings of all trials.
+        config_dict: settings of all trials, above those of the files.
+        space: what is searched: a file (:func:`recbole_ssm.search.read_space`) or its content; the model's own in
+            ``properties/search`` where absent.
+        storage_path: folder that keeps the search; all nodes of a cluster must see it.
+        name: of the search, a folder in there; model, dataset and time where absent.
+        address: of a running Ray cluster; one on this machine is started where absent.
+        options: see :class:`Search`.
+
+    Returns:
+        Ray's ResultGrid: a ``ray.tune.Result`` a trial, with the checkpoint of its best model.
+
+    Raises:
+        UserError: for settings, a space or data that cannot be used.
+    """
+    with all_gpus_visible():
+        config = Config(model, dataset, config_file_list, config_dict)
+    settings = {**config.external_config_dict, "model": config["model"], "dataset": config["dataset"]}
+    # Trials run in folders, and perhaps on machines, of their own.
+    settings["data_path"] = str(Path(config.given["data_path"]).resolve())
+    plain = {key: parameter.plain() for key, parameter in _space(config, space).items()}
+    search = Search(settings, plain, bool(config["valid_metric_bigger"]), **options)
+    name = name or f"{config['model']}-{config['dataset']}-{datetime.now():%b-%d-%Y_%H-%M-%S}"
+    folder = Path(storage_path).resolve() / name
+    if folder.exists():
+        raise UserError(f"{folder} is there already: choose another name, or resume that search.")
+    start_ray(address)
+    trainable = _trainable(search)
+    search.write(folder)
+    return _tuner(search, trainable, folder).fit()
+
+
+def resume(folder: str | Path, address: str | None = None) -> "ResultGrid":
+    """Go on with a search that was interrupted or killed; trials that had finished or failed stay as they are.
+
+    Args:
+        folder: of the search.
+        address: see :func:`tune`.
+
+    Raises:
+        UserError: for a folder that holds no search.
+    """
+    folder = Path(folder).resolve()
+    search = Search.read(folder)
+    start_ray(address)
+    from ray.tune import Tuner
+
+    return Tuner.restore(str(folder), _trainable(search)).fit()
+
+
+def _space(config: Config, given: Space | dict[str, Any] | str | Path | None) -> Space:
+    if given is None:
+        given = search_file(config["model"])
+        if not given.is_file():
+            raise UserError(f"no search space is shipped for {config['model']}: give one with --params_file.")
+    space = read_space(given) if isinstance(given, str | Path) else given
+    if not all(isinstance(parameter, Parameter) for parameter in space.values()):
+        space = space_of(space)
+    for name in space:
+        if name not in config:
+            raise UserError(
+                f"{config['model']} has no setting {name!r} to search{suggestion(name, list(config.given))}"
+            )
+    return space
+
+
+def _trainable(search: Search) -> Any:
+    from ray import tune
+
+    from recbole_ssm.search.trial import train_trial
+
+    with all_gpus_visible():
+        config = search.config()
+    init_logger(config)
+    dataset = create_dataset(config)
+    trainable = tune.with_parameters(train_trial, search=search, dataset=dataset)
+    return tune.with_resources(trainable, {"cpu": search.cpus_per_trial, "gpu": search.gpus_per_trial})
+
+
+def _tuner(search: Search, trainable: Any, folder: Path) -> "Tuner":
+    from ray import tune
+    from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+
+    from recbole_ssm.search.progress import Progress
+    from recbole_ssm.search.trial import METRIC
+
+    config = search.config()
+    evaluations = math.ceil(config["epochs"] / config["eval_step"])
+    space = search.parameters()
+    domains = {name: parameter.domain() for name, parameter in space.items()}
+    return tune.Tuner(
+        trainable,
+        param_space=_grid(space) if search.algorithm == "grid" else domains,
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max" if search.bigger else "min",
+            num_samples=search.num_samples,
+            max_concurrent_trials=None if search.algorithm in ("random", "grid") else search.max_concurrent,
+            time_budget_s=search.time_budget,
+            scheduler=_scheduler(search, domains, evaluations),
+            search_alg=_algorithm(search),
+            trial_dirname_creator=_folder_name,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            # With pbt a trial may go on from an older checkpoint of another one.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=None if search.scheduler == "pbt" else 1),
+            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[
+                Progress(config["valid_metric"], list(space), search.trial_count()),
+                JsonLoggerCallback(),
+                CSVLoggerCallback(),
+            ],
+            verbose=0,
+        ),
+    )
+
+
+def _folder_name(trial: Any) -> str:
+    return f"{FOLDER_PREFIX}{trial.trial_id}"
+
+
+def _grid(space: Space) -> dict[str, Any]:
+    from ray import tune
+
+    return {name: tune.grid_search(parameter.grid()) for name, parameter in space.items()}
+
+
+def _scheduler(search: Search, domains: dict[str, Any], evaluations: int) -> Any:
+    from ray.tune import schedulers
+
+    time = {"time_attr": "training_iteration"}
+    look = max(1, evaluations // FIRST_LOOK)
+    if search.scheduler == "asha":
+        return schedulers.ASHAScheduler(**time, max_t=evaluations, grace_period=look, reduction_factor=REDUCTION)
+    if search.scheduler == "median":
+        return schedulers.MedianStoppingRule(**time, grace_period=look)
+    if search.scheduler == "pbt":
+        return schedulers.PopulationBasedTraining(**time, perturbation_interval=look, hyperparam_mutations=domains)
+    return None
+
+
+def _algorithm(search: Search) -> Any:
+    from ray.tune.search import BasicVariantGenerator
+
+    if search.algorithm in ("random", "grid"):
+        return BasicVariantGenerator(max_concurrent=search.max_concurrent or 0, random_state=search.seed)
+    try:
+        if search.algorithm == "optuna":
+            import optuna
+            from ray.tune.search.optuna import OptunaSearch
+
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            return OptunaSearch(seed=search.seed)
+        from ray.tune.search.hyperopt import HyperOptSearch
+
+        return HyperOptSearch(random_state_seed=search.seed)
+    except (ImportError, AssertionError) as error:
+        raise UserError(f"{search.algorithm} is not installed ({error}): pip install {search.algorithm}") from error
