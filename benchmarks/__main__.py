@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, experiments, history, ops, profile, speed
+from benchmarks import accuracy, experiments, history, ops, profile, search, speed
 
 
 def main() -> None:
@@ -17,6 +17,7 @@ def main() -> None:
     history.add_arguments(commands.add_parser("history", help="several commits of this repository, in turns"))
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
     experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
+    search.add_arguments(commands.add_parser("search", help="trials side by side against one after the other"))
     arguments = parser.parse_args()
     arguments.run(arguments)
 
