@@ -99,7 +99,7 @@ def test_predict_agrees_with_full_sort_predict(name):
 @every_model
 def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
     """Encoding in blocks, recomputed in the backward pass or not, gives the same loss and gradients."""
-    _, model, (train_data, _, _) = build(name, train_mode="prefix", dropout_prob=0.0)
+    _, model, (train_data, _, _) = build(name, train_mode="prefix", dropout_prob=0.0, train_batch_size=24)
     model.eval()
     batch = next(iter(train_data))
     results = []
