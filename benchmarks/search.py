@@ -68,9 +68,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _table(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
+    rounds = len(next(iter(seconds.values())))
     lines = [
         f"Four trials of {found['model']} on {found['dataset']}, {found['settings']['epochs']} epochs each, without "
-        "early stopping; Ray runs already. Medians of rounds in which all take turns.",
+        f"early stopping; Ray runs already. Rounds in which all three take turns: {rounds}.",
         "",
         "| trials | seconds | times as fast as one at a time, on one core |",
         "| --- | ---: | ---: |",
