@@ -15,6 +15,7 @@ import yaml
 from recbole.utils import InputType, ModelType
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.graphs import CUDA_GRAPHS
 from recbole_ssm.models.base import LOSS_TYPES
 from recbole_ssm.models.sequence_mode import CAUSAL_MODELS
 from recbole_ssm.ops.backend import BACKENDS
@@ -211,7 +212,9 @@ class Config(recbole.config.Config):
             if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
-            final.setdefault("time_order", "exact")  # of RecBole's models; ours have it in overall.yaml
+            # Of RecBole's models; ours have them in overall.yaml.
+            final.setdefault("time_order", "exact")
+            final.setdefault("cuda_graphs", "auto")
         self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
         return final
@@ -249,8 +252,11 @@ class Config(recbole.config.Config):
                 "set --valid_metric to one that is."
             )
         choices: dict[str, tuple[str, ...]] = {
-            "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS
+            "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS,
+            "cuda_graphs": CUDA_GRAPHS,
         }  # fmt: skip
+        if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
+            final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
         if self.model in MODELS:
             choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS, "moe_level": ("sequence", "position")}
         for key, values in choices.items():

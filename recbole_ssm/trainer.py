@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
+from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
+from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.models.base import PackedRecommender
 
 # On a GPU each look at the loss waits for all work before it, so only every this many steps is it checked for NaN.
@@ -206,7 +208,7 @@ class DurableTraining(Trainer):
             "epoch": epoch,
             "cur_step": self.cur_step,
             "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "random": random_state(),
             "timings": asdict(self.timings),
             **self._more_state(),
@@ -223,6 +225,12 @@ class DurableTraining(Trainer):
         }
         save_checkpoint(self.saved_model_file, state)
         self._written_epoch = epoch
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        # On a GPU it may be a tensor, which a CUDA graph reads anew at each replay.
+        groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
 
     def _more_state(self) -> dict[str, Any]:
         """What else a run needs to go on, for :meth:`_take_more_state`."""
@@ -260,9 +268,11 @@ class DurableTraining(Trainer):
                 "cannot take over: leave --learner out."
             )
         self.timings = Timings(**resume.get("timings", {}))
+        # The state brings its own settings, whatever they are now and whatever device it was trained on.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(resume["optimizer"])
-        for group in self.optimizer.param_groups:  # the state brings its own, whatever the settings say now
-            group.update(lr=self.learning_rate, weight_decay=self.weight_decay)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self._take_more_state(resume)
         self.saved_model_file = str(resume_file)
         self.start_epoch, self.cur_step = resume["epoch"] + 1, resume["cur_step"]
@@ -291,6 +301,9 @@ class SequenceTrainer(DurableTraining):
     gradient scaler serves the whole run and its resumption; gradients are clipped by their true size. The loss is
     not waited for at each step, and the optimizer's step is one fused kernel. ``learning_rate`` follows
     ``lr_scheduler_type`` and ``warmup_ratio`` (:func:`learning_rate_factor`) over ``epochs``.
+
+    On a GPU batches are packed on the host by a thread of their own, and steps replay as CUDA graphs
+    (``cuda_graphs``, :class:`~recbole_ssm.graphs.GraphedSteps`).
     """
 
     def __init__(self, config, model):
@@ -301,6 +314,9 @@ class SequenceTrainer(DurableTraining):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.lr_schedule = config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0
         self._shared_loss = None
+        self._loss_of: Any = None
+        self._rate: float | None = None  # which the optimizer has
+        self.graphs = self._graphed_steps() if self._wants_graphs(scaled) else None
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self._shared_loss = DistributedDataParallel(
@@ -315,7 +331,36 @@ class SequenceTrainer(DurableTraining):
             return optimizer
         (group,) = optimizer.param_groups
         settings = {key: group[key] for key in ("lr", "weight_decay")}
+        if self.device.type == "cuda":  # as a CUDA graph needs it
+            settings["lr"] = torch.tensor(group["lr"], device=self.device)
+            settings |= {"capturable": True} if "capturable" in group else {}
         return type(optimizer)(group["params"], **settings, fused=True)
+
+    def _wants_graphs(self, scaled: bool) -> bool:
+        """Whether steps shall replay as CUDA graphs.
+
+        Raises:
+            UserError: for ``cuda_graphs: on`` where they cannot, with the reason.
+        """
+        choice = self.config["cuda_graphs"] or "auto"
+        reasons = {
+            "there is no GPU": self.device.type != "cuda",
+            "several processes train together": world_size() > 1,
+            "gradients are scaled (enable_scaler, or a GPU without bfloat16)": scaled,
+            f"learner {self.learner} has no fused optimizer": type(self.optimizer) not in FUSED_OPTIMIZERS,
+            f"{self.config['model']} is not trained in sequence mode, or its loss cannot leave rows out": not getattr(
+                self.model, "fillable", False
+            ),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if choice == "on" and reason:
+            raise UserError(f"cuda_graphs: on cannot be had: {reason}; set cuda_graphs: auto.")
+        return choice != "off" and reason is None
+
+    def _graphed_steps(self) -> GraphedSteps:
+        precision = self.amp_dtype if self.enable_amp else torch.float32
+        required = self.config["cuda_graphs"] == "on"
+        return GraphedSteps(self._backward, self._update, self.optimizer, self.device, precision, required)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.enable_amp)
@@ -324,32 +369,40 @@ class SequenceTrainer(DurableTraining):
         # RecBole's models would rank by scores rounded to bfloat16, which tie; ours score in float32.
         return self._autocast() if isinstance(self.model, PackedRecommender) else nullcontext()
 
+    def _full_sort_batch_eval(self, batched_data):
+        if not isinstance(self.model, PackedRecommender):
+            return super()._full_sort_batch_eval(batched_data)
+        # Ours pack their rows on the host, for which these must not have left it.
+        interaction, history_index, positive_u, positive_i = batched_data
+        scores = self.model.full_sort_predict(interaction)
+        scores[:, 0] = -math.inf
+        if history_index is not None:
+            scores[history_index] = -math.inf
+        return interaction, scores, positive_u, positive_i
+
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
         self.model.train()
-        loss_func = self._shared_loss or loss_func or self.model.calculate_loss
+        self._loss_of = self._shared_loss or loss_func or self.model.calculate_loss
+        on_gpu = self.device.type != "cpu"
         description = set_color(f"Train {epoch_idx:>5}", "pink")
-        steps = tqdm(train_data, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
+        batches = made_ahead(train_data, self._prepared) if on_gpu or self.graphs is not None else train_data
+        steps = tqdm(batches, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
         total: Any = 0.0
         for step, batch in enumerate(steps):
             # A function of what is done alone, so that a resumed run goes on exactly.
             progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * learning_rate_factor(*self.lr_schedule, progress)
-            self.optimizer.zero_grad()
+            self._set_learning_rate(self.learning_rate * learning_rate_factor(*self.lr_schedule, progress))
             weight = getattr(batch, "weight", 1.0)
-            with self._autocast(), weighted(weight):
-                losses = loss_func(batch.to(self.device))
-            terms = losses if isinstance(losses, tuple) else (losses,)
-            loss = torch.stack(terms).sum()
-            if self.device.type == "cpu" or step % STEPS_PER_CHECK == 0:
-                self._check_nan(loss)
-            self.scaler.scale(loss * weight).backward()
-            if self.clip_grad_norm:
-                self.scaler.unscale_(self.optimizer)
-                clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            total = total + torch.stack(terms).detach().double() * (weight / world_size())
+            if self.graphs is not None and isinstance(batch, SequenceBatch):
+                terms = self.graphs(batch)
+            else:
+                # RecBole's rows for our models stay on the host, to be packed there.
+                packs = isinstance(self.model, PackedRecommender)
+                terms = self._backward(batch if packs else batch.to(self.device), weight)
+                self._update()
+            total = total + terms.double() * (weight / world_size())
+            if on_gpu and step % STEPS_PER_CHECK == 0:
+                self._check_nan(total.sum())
             if show_progress and self.gpu_available:
                 steps.set_postfix_str(set_color("GPU RAM: " + get_gpu_usage(self.device), "yellow"))
         if world_size() > 1:
@@ -357,6 +410,45 @@ class SequenceTrainer(DurableTraining):
         self._check_nan(total.sum())
         sums = total.tolist()
         return tuple(sums) if len(sums) > 1 else sums[0]
+
+    def _prepared(self, batch: Any) -> Any:
+        """A batch as a GPU wants it: packed, in one of a few shapes where graphs replay, in one page-locked buffer."""
+        if isinstance(self.model, PackedRecommender):
+            batch = self.model.packed(batch)
+        if not isinstance(batch, SequenceBatch):
+            return batch
+        if self.graphs is not None and self.graphs.active:
+            batch = batch.filled(self.config["MAX_ITEM_LIST_LENGTH"])
+        return batch.in_one_buffer(pinned=torch.cuda.is_available())
+
+    def _backward(self, batch: Any, weight: float = 1.0) -> torch.Tensor:
+        """Leave the gradients of a batch's loss in the parameters; returns the loss's terms, ``[n]``."""
+        self.optimizer.zero_grad()
+        with self._autocast(), weighted(weight):
+            losses = self._loss_of(batch)
+        terms = losses.reshape(1) if not isinstance(losses, tuple) else torch.stack(losses)
+        loss = losses if not isinstance(losses, tuple) else terms.sum()
+        if self.device.type == "cpu":
+            self._check_nan(loss)
+        self.scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+        if self.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        return terms.detach()
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _set_learning_rate(self, rate: float) -> None:
+        if rate == self._rate:
+            return
+        self._rate = rate
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _more_state(self) -> dict[str, Any]:
         return {"scaler": self.scaler.state_dict()}

@@ -1,11 +1,19 @@
 """The batch that models work on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from recbole_ssm.ops.packing import Borders, borders, cu_seqlens_from_lengths, know, pack
+
+ALIGNMENT = 16  # bytes; Triton compiles faster code for tensors that begin at a multiple of it
+
+
+def size_class(count: int) -> int:
+    """``count`` rounded up to a multiple of an eighth of the power of 2 below it, at least 16: a few sizes for all."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,10 @@ class SequenceBatch:
         target_rows: rows whose next item is a target of this step, int64 ``[M]``; the other rows are context.
         targets: the items to predict there, int64 ``[M]``.
         negatives: sampled items, int64 ``[M, K]``; absent where the loss needs none.
+        target_weights: what each target counts in the loss, float32 ``[M]``, summing to 1; all alike where absent.
         weight: see :func:`recbole_ssm.distributed.weighted`.
+        last: whether ``target_rows`` is the last row of every window, one target each.
+        buffer: the bytes that all of these tensors, and the tables of their borders, are views of, where they are.
     """
 
     items: Tensor
@@ -26,20 +37,136 @@ class SequenceBatch:
     target_rows: Tensor
     targets: Tensor
     negatives: Tensor | None = None
+    target_weights: Tensor | None = None
     weight: float = 1.0
+    last: bool = False
+    buffer: Tensor | None = None
+
+    @classmethod
+    def of_rows(
+        cls, items: Tensor, lengths: Tensor, targets: Tensor, negatives: Tensor | None = None, weight: float = 1.0
+    ) -> "SequenceBatch":
+        """Pack right-padded rows, whose last item is followed by the target.
+
+        Args:
+            items: ``[N, L]`` or, with time gaps, ``[N, L, 2]``.
+            lengths: integer ``[N]``, each at least 1.
+            targets: int64 ``[N]``.
+            negatives: int64 ``[N, K]``.
+            weight: see above.
+        """
+        packed, cu_seqlens = pack(items, lengths)
+        return cls(packed, cu_seqlens, cu_seqlens[1:].long() - 1, targets, negatives, weight=weight, last=True)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "SequenceBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        mapped: dict[str, Any] = {k: function(value) for k, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **mapped)
+    @property
+    def shape(self) -> tuple[tuple[str, torch.dtype, torch.Size], ...]:
+        """What two batches share that fit one CUDA graph."""
+        return tuple((name, tensor.dtype, tensor.shape) for name, tensor in self._tensors().items())
+
+    def filled(self, longest: int) -> "SequenceBatch":
+        """The same batch in one of a few shapes; what is added counts nothing.
+
+        Rows are filled up by windows of item 0, windows by empty ones, and targets by some of weight 0. (Of a batch of
+        ``last`` targets no window is empty, and each has its target.)
+
+        Args:
+            longest: most rows that a window may have.
+        """
+        known, count = borders(self.cu_seqlens), len(self)
+        longest = min(longest, size_class(known.longest))
+        rows, windows = known.total, len(known.lengths)
+        all_rows = size_class(rows)
+        inert = -(-(all_rows - rows) // longest)
+        all_windows = 1 << (windows + inert - 1).bit_length()
+        all_targets = size_class(count)
+        if self.last:
+            all_windows = size_class(windows + 1)
+            while (all_rows := size_class(rows + all_windows - windows)) - rows > (all_windows - windows) * longest:
+                all_windows = size_class(all_windows + 1)
+            inert, all_targets = all_windows - windows, all_windows
+        lengths = torch.zeros(all_windows, dtype=torch.int64)
+        lengths[:windows] = known.lengths
+        if inert:
+            each, rest = divmod(all_rows - rows, inert)
+            lengths[windows : windows + inert] = each
+            lengths[windows : windows + rest] += 1
+        cu_seqlens = cu_seqlens_from_lengths(lengths)
+        know(cu_seqlens, Borders(lengths, room=longest))
+        weights = torch.zeros(all_targets)
+        weights[:count] = 1 / count
+        last_row = cu_seqlens[1 + count :].long() - 1 if self.last else torch.full((all_targets - count,), all_rows - 1)
+        return replace(
+            self,
+            items=_longer(self.items, all_rows),
+            cu_seqlens=cu_seqlens,
+            target_rows=torch.cat([self.target_rows, last_row]),
+            targets=_longer(self.targets, all_targets),
+            negatives=None if self.negatives is None else _longer(self.negatives, all_targets),
+            target_weights=weights,
+            buffer=None,
+        )
+
+    def split(self, windows: list[int]) -> list["SequenceBatch"]:
+        """Cut a batch of ``last`` targets into batches of so many windows each."""
+        if len(windows) == 1:
+            return [self]
+        parts, lengths = [], borders(self.cu_seqlens).lengths.split(windows)
+        stop = row = 0
+        for count, of_part in zip(windows, lengths, strict=True):
+            begin, stop = stop, stop + count
+            cu_seqlens = self.cu_seqlens[begin : stop + 1] - self.cu_seqlens[begin]
+            know(cu_seqlens, Borders(of_part, cu_seqlens.device))
+            own = {
+                name: value[begin:stop]
+                for name in ("target_rows", "targets", "negatives", "target_weights")
+                if (value := getattr(self, name)) is not None
+            }
+            own["target_rows"] = own["target_rows"] - row
+            items = self.items[row : row + int(of_part.sum())]
+            parts.append(replace(self, items=items, cu_seqlens=cu_seqlens, buffer=None, **own))
+            row += len(items)
+        return parts
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "buffer"}
+        tables = borders(self.cu_seqlens).all_tables()
+        return {name: value for name, value in {**own, **tables}.items() if isinstance(value, Tensor)}
+
+    def in_one_buffer(self, pinned: bool) -> "SequenceBatch":
+        """The same batch on the host, its tensors and the tables of its borders laid out in one ``buffer``."""
+        tensors = self._tensors()
+        sizes = [-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in tensors.values()]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+        batch = self.within(buffer)
+        for name, view in batch._tensors().items():
+            view.copy_(tensors[name])
+        return batch
+
+    def within(self, buffer: Tensor) -> "SequenceBatch":
+        """A batch of this one's shape whose tensors are views of ``buffer``, whatever that holds now."""
+        views, begin = {}, 0
+        for name, tensor in self._tensors().items():
+            size = tensor.numel() * tensor.element_size()
+            views[name] = buffer[begin : begin + size].view(tensor.dtype).view(tensor.shape)
+            begin += -(-size // ALIGNMENT) * ALIGNMENT
+        own = {f.name: views.pop(f.name) for f in fields(self) if f.name in views}
+        batch = replace(self, **own, buffer=buffer)
+        known = borders(self.cu_seqlens)
+        know(batch.cu_seqlens, Borders(known.lengths, buffer.device, views, known.room))
+        return batch
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
-        """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on another device, by one copy for which the host does not wait."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        batch = self if self.buffer is not None else self.in_one_buffer(pinned=False)
+        return batch.within(batch.buffer.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "SequenceBatch":
-        """The same batch in page-locked memory; torch's DataLoader calls this."""
-        return self._map(torch.Tensor.pin_memory)
+
+def _longer(tensor: Tensor, count: int) -> Tensor:
+    """``[n, ...]`` to ``[count, ...]``, filled up with zeros."""
+    return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])

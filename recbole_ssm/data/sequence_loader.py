@@ -85,7 +85,6 @@ class SequenceDataLoader(DataLoader):
             batch_sampler=_Plan(self),
             collate_fn=_as_is,
             num_workers=config["worker"],
-            pin_memory=config["device"].type == "cuda",
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,7 +125,7 @@ class SequenceDataLoader(DataLoader):
         gaps, items = self._dataset.sorted_gaps, items[place]
         if gaps is not None:
             items = torch.stack([items, gaps[place]], -1)
-        return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets), float(weight))
+        return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets), weight=float(weight))
 
     def _sample(self, targets: Tensor) -> Tensor | None:
         """``K`` items for each target, none of them the target itself, from the distribution of RecBole's sampler."""

@@ -21,6 +21,13 @@ def _rows_per_block(device: torch.device, bytes_per_row: int, at_least: int = 1)
     return max(at_least, BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // max(1, bytes_per_row))
 
 
+def mean_over_targets(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of ``[M, ...]``; with ``weights [M]``, which sum to 1, each target by its own."""
+    if weights is None:
+        return values.mean()
+    return torch.dot(values.flatten(1).mean(1) if values.dim() > 1 else values, weights.to(values.dtype))
+
+
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     """What torch would multiply these in: autocast's dtype where it is on."""
     device = tensors[0].device.type
@@ -33,39 +40,41 @@ class _FullCrossEntropy(torch.autograd.Function):
     """The gradients are taken in the forward pass, while a block's scores are at hand: they are made once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positives, dtype, smoothing):
+    def forward(ctx, hidden, weight, positives, dtype, smoothing, weights):
         count, width = hidden.shape
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(dtype, torch.float32)
         rows, table = hidden.detach().to(dtype), weight.detach().to(dtype)
-        total = torch.zeros((), dtype=torch.float64 if exact == torch.float64 else torch.float32, device=hidden.device)
+        total = None
         into_hidden = torch.empty(count, width, dtype=exact, device=hidden.device) if needs_hidden else None
-        into_weight = torch.zeros(table.shape, dtype=exact, device=hidden.device) if needs_weight else None
+        make = torch.empty if count else torch.zeros
+        into_weight = make(table.shape, dtype=exact, device=hidden.device) if needs_weight else None
         # Never fewer rows than an embedding has places: a block is then no larger than the table itself, and reading
         # the table once a block costs no more than reading the scores.
         size = _rows_per_block(hidden.device, exact.itemsize * len(table), at_least=width)
         scores_of_block = torch.empty(min(size, count), len(table), dtype=dtype, device=hidden.device)
+        loss_and_slope = _loss_and_slope_on_cpu if hidden.is_cpu else _loss_and_slope
         for begin in range(0, count, size):
-            block, wanted = rows[begin : begin + size], positives[begin : begin + size, None]
+            part = slice(begin, begin + size)
+            block = rows[part]
             scores = torch.mm(block, table.T, out=scores_of_block[: len(block)]).to(exact)
-            chosen, top = scores.gather(1, wanted), scores.amax(1, keepdim=True)
-            if smoothing:
-                chosen = (1 - smoothing) * chosen + smoothing * scores.mean(1, keepdim=True)
-            # In its place on a CPU, whose kernel is done with a row before it writes it; a GPU's may not be.
-            probability = torch.softmax(scores, 1, out=scores if scores.is_cpu else None)
-            # The largest probability is exp(top) over the sum of all, and never rounds to 0.
-            total += (top - probability.amax(1, keepdim=True).log() - chosen).sum()
-            if not (needs_hidden or needs_weight):
+            losses, slope = loss_and_slope(scores, positives[part, None], smoothing, needs_hidden or needs_weight)
+            loss = losses.sum() if weights is None else torch.dot(losses, weights[part].to(exact))
+            total = loss if total is None else total + loss
+            if slope is None:
                 continue
-            slope = probability.scatter_(1, wanted, probability.gather(1, wanted) - (1 - smoothing))
-            slope = (slope.sub_(smoothing / len(table)) if smoothing else slope).to(dtype)
+            slope = (slope if weights is None else slope.mul_(weights[part, None])).to(dtype)
             if into_hidden is not None:
-                into_hidden[begin : begin + size] = slope @ table
+                _into(into_hidden[part], slope, table)
             if into_weight is not None:
-                _add_product(into_weight, slope.T, block)
-        ctx.into = [None if t is None else t.div_(max(1, count)) for t in (into_hidden, into_weight)]
+                _into(into_weight, slope.T, block, add=begin > 0)
+        ctx.into = [into_hidden, into_weight]
+        if weights is None:
+            for into in filter(lambda t: t is not None, ctx.into):
+                into.div_(max(1, count))
+            total = (hidden.new_zeros((), dtype=exact) if total is None else total) / count
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total / count
+        return total
 
     @staticmethod
     @once_differentiable
@@ -77,18 +86,49 @@ class _FullCrossEntropy(torch.autograd.Function):
             t if t is None else t.mul_(grad).to(dtype) for t, dtype in zip(ctx.into, ctx.dtypes, strict=True)
         ]  # fmt: skip
         ctx.into = None
-        return *into, None, None, None
+        return *into, None, None, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, which torch fuses where all have one dtype."""
-    if total.dtype == a.dtype:
+def _loss_and_slope_on_cpu(scores: Tensor, wanted: Tensor, smoothing: float, differentiate: bool):
+    """Cross-entropy of each row of ``scores [m, n]``, ``[m]``, and its gradient, which takes the scores' place."""
+    chosen, top = scores.gather(1, wanted), scores.amax(1, keepdim=True)
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * scores.mean(1, keepdim=True)
+    # In its place: the kernel is done with a row before it writes it.
+    probability = torch.softmax(scores, 1, out=scores)
+    # The largest probability is exp(top) over the sum of all, and never rounds to 0.
+    losses = (top - probability.amax(1, keepdim=True).log() - chosen)[:, 0]
+    if not differentiate:
+        return losses, None
+    slope = probability.scatter_(1, wanted, probability.gather(1, wanted) - (1 - smoothing))
+    return losses, slope.sub_(smoothing / scores.shape[1]) if smoothing else slope
+
+
+def _loss_and_slope(scores: Tensor, wanted: Tensor, smoothing: float, differentiate: bool):
+    """As :func:`_loss_and_slope_on_cpu`, in as few launches as it takes."""
+    log_probability = scores.log_softmax(1)
+    losses = log_probability.gather(1, wanted)[:, 0].neg_()
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * log_probability.mean(1)
+    if not differentiate:
+        return losses, None
+    slope = log_probability.exp_().scatter_(1, wanted, smoothing - 1, reduce="add")
+    return losses, slope.sub_(smoothing / scores.shape[1]) if smoothing else slope
+
+
+def _into(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """``total = a @ b``, or ``total += a @ b``, in place where all have one dtype."""
+    if total.dtype != a.dtype:
+        total.copy_(total + a @ b if add else a @ b)
+    elif add:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        torch.mm(a, b, out=total)
 
 
-def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def full_cross_entropy(
+    hidden: Tensor, weight: Tensor, positives: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """``F.cross_entropy(hidden @ weight.T, positives, label_smoothing=...)`` without the scores of all rows at once.
 
     The product is taken in autocast's dtype where that is on, everything else in at least float32.
@@ -98,6 +138,7 @@ def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor, label_
         weight: embeddings of all items, ``[n, d]``.
         positives: int64 ``[M]``.
         label_smoothing: share of the target that is spread evenly over all items (arXiv 1512.00567, section 7).
+        weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
 
     Returns:
         The mean over rows, a scalar; NaN where there are none, as torch's.
@@ -107,7 +148,7 @@ def full_cross_entropy(hidden: Tensor, weight: Tensor, positives: Tensor, label_
     """
     dtype = _product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing)
+        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing, weights)
 
 
 class _ItemScores(torch.autograd.Function):
@@ -150,17 +191,20 @@ def item_scores(hidden: Tensor, weight: Tensor, items: Tensor) -> Tensor:
         return _ItemScores.apply(hidden.to(dtype), weight.to(dtype), items)
 
 
-def bce(positive: Tensor, negative: Tensor) -> Tensor:
-    """``-log sigmoid(r+) - log(1 - sigmoid(r-))``, the mean over negatives and rows; ``[M, 1]`` and ``[M, K]``."""
-    return -F.logsigmoid(positive).mean() - F.logsigmoid(-negative).mean()
+def bce(positive: Tensor, negative: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``-log sigmoid(r+) - log(1 - sigmoid(r-))``, the mean over negatives and rows; ``[M, 1]`` and ``[M, K]``.
+
+    ``weights``, here and below: see :func:`mean_over_targets`.
+    """
+    return -mean_over_targets(F.logsigmoid(positive), weights) - mean_over_targets(F.logsigmoid(-negative), weights)
 
 
-def bpr(positive: Tensor, negative: Tensor) -> Tensor:
+def bpr(positive: Tensor, negative: Tensor, weights: Tensor | None = None) -> Tensor:
     """``-log sigmoid(r+ - r-)``, the mean over negatives and rows (arXiv 1205.2618); ``[M, 1]`` and ``[M, K]``."""
-    return -F.logsigmoid(positive - negative).mean()
+    return -mean_over_targets(F.logsigmoid(positive - negative), weights)
 
 
-def gbce(positive: Tensor, negative: Tensor, others: int, calibration: float) -> Tensor:
+def gbce(positive: Tensor, negative: Tensor, others: int, calibration: float, weights: Tensor | None = None) -> Tensor:
     """Generalised binary cross-entropy ``-(beta log sigmoid(r+) + sum_k log(1 - sigmoid(r-_k))) / (K + 1)``.
 
     gSASRec (arXiv 2308.07192, section 5): ``beta = alpha (t (1 - 1/alpha) + 1/alpha)`` with the sampling rate
@@ -171,13 +215,15 @@ def gbce(positive: Tensor, negative: Tensor, others: int, calibration: float) ->
         negative: ``[M, K]``.
         others: how many items negatives are drawn from.
         calibration: ``t``.
+        weights: ``[M]``.
     """
     alpha = negative.shape[1] / others
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
-    return -torch.cat([beta * F.logsigmoid(positive), F.logsigmoid(-negative)], 1).mean()
+    terms = torch.cat([beta * F.logsigmoid(positive), F.logsigmoid(-negative)], 1)
+    return -mean_over_targets(terms, weights)
 
 
-def sampled_softmax(positive: Tensor, negative: Tensor, others: int) -> Tensor:
+def sampled_softmax(positive: Tensor, negative: Tensor, others: int, weights: Tensor | None = None) -> Tensor:
     """``-log exp(r+) / (exp(r+) + others / K sum_k exp(r-_k))``, negatives drawn uniformly from the other items.
 
     Each negative's score is corrected by the logarithm of how often it is expected in the sample (arXiv 1412.2007,
@@ -187,6 +233,8 @@ def sampled_softmax(positive: Tensor, negative: Tensor, others: int) -> Tensor:
         positive: ``[M, 1]``.
         negative: ``[M, K]``.
         others: how many items negatives are drawn from.
+        weights: ``[M]``.
     """
     correction = math.log(others / negative.shape[1])
-    return (torch.cat([positive, negative + correction], 1).logsumexp(1) - positive[:, 0]).mean()
+    scores = torch.cat([positive, negative + correction], 1)
+    return mean_over_targets(scores.logsumexp(1) - positive[:, 0], weights)

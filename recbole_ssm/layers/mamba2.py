@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
-from recbole_ssm.ops.packing import row_positions, rows, sequence_ids
+from recbole_ssm.ops.packing import positions, rows, sequence_ids
 from recbole_ssm.ops.step_sizes import step_sizes
 
 
@@ -72,7 +72,7 @@ class Mamba2(nn.Module):
         Returns:
             For each row that of the prefix which ends there: ``[T, d_model]``, or for the rows ``read`` alone.
         """
-        position = row_positions(cu_seqlens).long()
+        position = positions(cu_seqlens).long()
         first = torch.arange(len(x), device=x.device) - position
         starts = cu_seqlens[:-1].long()
         z = self._project_gate(x.index_select(0, starts[starts < len(x)]))  # without empty sequences at the end

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.distributed import mean_over_processes
+from recbole_ssm.layers.losses import mean_over_targets
 
 
 class Mixture(NamedTuple):
@@ -91,7 +92,7 @@ class MixtureOfExperts(nn.Module):
         return out.flatten(0, 1).index_select(0, slot).unflatten(0, (count, k)).transpose(0, 1)
 
 
-def expert_diversity(experts: Tensor) -> Tensor:
+def expert_diversity(experts: Tensor, weights: Tensor | None = None) -> Tensor:
     """How alike the experts answer: the mean over sequences and pairs ``i != j`` of ``cos(expert_i, expert_j)^2``.
 
     0 where all experts' outputs are orthogonal, 1 where they are parallel. The paper names a diversity regulariser
@@ -99,6 +100,7 @@ def expert_diversity(experts: Tensor) -> Tensor:
 
     Args:
         experts: outputs, ``[E, M, d]``; of each representation's chosen experts, ``[k, M, d]``.
+        weights: what each representation counts, ``[M]``, summing to 1; all alike where absent.
     """
     count = experts.shape[0]
     if count < 2:
@@ -106,10 +108,10 @@ def expert_diversity(experts: Tensor) -> Tensor:
     direction = F.normalize(experts.to(torch.promote_types(experts.dtype, torch.float32)), dim=-1)
     cosine = torch.einsum("imd,jmd->mij", direction, direction)
     off_diagonal = cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)
-    return off_diagonal.mean() / (count * (count - 1))
+    return mean_over_targets(off_diagonal, weights) / (count * (count - 1))
 
 
-def load_balance(gate: Tensor, chosen: Tensor | None = None) -> Tensor:
+def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """How unevenly the experts are used, ``E sum_i f_i P_i - 1`` with ``P_i`` the mean gate of expert ``i``.
 
     Where all experts take part ``f = P``, and this is the squared coefficient of variation of their shares of the
@@ -120,10 +122,13 @@ def load_balance(gate: Tensor, chosen: Tensor | None = None) -> Tensor:
     Args:
         gate: ``[M, E]``, rows summing to 1.
         chosen: int64 ``[M, k]``.
+        weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
     """
-    share = gate.mean(0, dtype=torch.promote_types(gate.dtype, torch.float32))
+    exact = torch.promote_types(gate.dtype, torch.float32)
+    share = gate.mean(0, dtype=exact) if weights is None else weights.to(exact) @ gate.to(exact)
     used = share = mean_over_processes(share)
     if chosen is not None:
-        counts = torch.bincount(chosen.flatten(), minlength=len(share)).to(share.dtype)
-        used = mean_over_processes(counts / max(1, chosen.numel()))
+        (count, k), each = chosen.shape, share.new_ones(chosen.shape)
+        each = each / max(1, count * k) if weights is None else each * (weights / k)[:, None]
+        used = mean_over_processes(torch.zeros_like(share).index_add(0, chosen.flatten(), each.flatten()))
     return len(share) * (used * share).sum() - 1

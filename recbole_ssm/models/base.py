@@ -1,5 +1,7 @@
 """What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
@@ -12,13 +14,13 @@ from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Mamba
 from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
-from recbole_ssm.ops.packing import last_rows, pack
+from recbole_ssm.ops.packing import borders
 
 LOSS_TYPES = ("CE", "BCE", "BPR", "gBCE", "SampledSoftmax")
 
-# RecBole's rows are encoded in blocks of about this many items; on a CPU small ones, whose activations (up to 32 MB)
-# the allocator reuses where it would fetch larger ones anew. Up to so many items' activations are kept for the backward
-# pass; of larger batches they are computed again, a block at a time.
+# Rows of one target each are encoded in blocks of about this many items; on a CPU small ones, whose activations (up to
+# 32 MB) the allocator reuses where it would fetch larger ones anew. Up to so many items' activations are kept for the
+# backward pass; of larger batches they are computed again, a block at a time.
 ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
 ITEMS_KEPT = {"cpu": 1 << 15, "cuda": 1 << 18}
 
@@ -26,17 +28,19 @@ ITEMS_KEPT = {"cpu": 1 << 15, "cuda": 1 << 18}
 class PackedRecommender(SequentialRecommender):
     """A sequential recommender over packed sequences.
 
-    A subclass sets ``item_embedding`` and implements :meth:`encode`. It reads two kinds of batches: RecBole's padded
-    rows (:class:`~recbole.data.interaction.Interaction`, one target a row) and :class:`SequenceBatch` (a target at
-    many positions of one sequence), where one pass gives what a row for each of them would.
+    A subclass sets ``item_embedding`` and implements :meth:`encode`. It works on a :class:`SequenceBatch`: a target at
+    many positions of one sequence, where one pass gives what a row for each of them would; or RecBole's padded rows of
+    one target each (:class:`~recbole.data.interaction.Interaction`), which :meth:`packed` packs.
 
     Attributes:
         one_pass: whether one pass over a sequence gives the hidden state after each of its prefixes.
         use_time_gaps: whether items come with the time gap before each, as a second column.
+        fillable: whether inert rows leave the loss as it is (:meth:`SequenceBatch.filled`).
     """
 
     one_pass = True
     use_time_gaps = False
+    fillable = True
     item_embedding: nn.Embedding
 
     def __init__(self, config, dataset):
@@ -69,36 +73,41 @@ class PackedRecommender(SequentialRecommender):
         """What a model does only where its hidden state is read: ``[M, d]`` to ``[M, d]``."""
         return hidden
 
-    def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    def loss(
+        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """The training loss, or a tuple of terms to be summed.
 
         Args:
             hidden: hidden states, ``[M, d]``.
             positives: the items that came next, int64 ``[M]``.
             negatives: sampled items, int64 ``[M, K]``.
+            weights: what each target counts, ``[M]``, summing to 1; all alike where absent.
         """
-        return self.ranking_loss(self.read_out(hidden), positives, negatives)
+        return self.ranking_loss(self.read_out(hidden), positives, negatives, weights)
 
-    def ranking_loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor:
+    def ranking_loss(
+        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
         """Mean over targets of the loss that ``loss_type`` names, with scores ``r`` as of :meth:`score_factors`.
 
         ``CE``: ``-log softmax(r)[positive]`` over all items; the others are those of :mod:`recbole_ssm.layers.losses`.
         """
         hidden, table = self.score_factors(hidden, self.item_embedding.weight)
         if self.loss_type == "CE":
-            return full_cross_entropy(hidden, table, positives, self.label_smoothing)
+            return full_cross_entropy(hidden, table, positives, self.label_smoothing, weights)
         if negatives is None:
             raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
         scores = item_scores(hidden, table, torch.cat([positives[:, None], negatives], 1))
         positive, negative = scores[:, :1], scores[:, 1:]
         if self.loss_type == "BCE":
-            return bce(positive, negative)
+            return bce(positive, negative, weights)
         if self.loss_type == "BPR":
-            return bpr(positive, negative)
+            return bpr(positive, negative, weights)
         others = self.n_items - 2  # neither the padding nor the positive itself
         if self.loss_type == "gBCE":
-            return gbce(positive, negative, others, self.gbce_t)
-        return sampled_softmax(positive, negative, others)
+            return gbce(positive, negative, others, self.gbce_t, weights)
+        return sampled_softmax(positive, negative, others, weights)
 
     def score_factors(self, hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """What scores are inner products of: hidden states ``[M, d]`` and item embeddings ``[n, d]`` as they are.
@@ -114,69 +123,89 @@ class PackedRecommender(SequentialRecommender):
 
         With ``use_time_gaps`` ids and time gaps, ``[B, L, 2]``.
         """
-        return self.read_out(self._encode_rows(item_seq, item_seq_len))
+        item_seq, lengths = item_seq.cpu(), item_seq_len.cpu()
+        return self._represent(self._pack_rows(item_seq, lengths, targets=lengths.new_zeros(lengths.shape)))
 
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
         """Loss of one batch, as RecBole's trainer calls it."""
-        if isinstance(interaction, SequenceBatch):
-            if not self.one_pass:
-                raise UserError(
-                    f"{type(self).__name__}, as it is set, needs a row for each target: set train_mode: prefix."
-                )
-            batch = interaction
+        batch = self.packed(interaction).to(self.item_embedding.weight.device)
+        if batch.last:
+            hidden = self._encode_last(batch)
+        elif self.one_pass:
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
-            return self.loss(hidden, batch.targets, batch.negatives)
+        else:
+            raise UserError(
+                f"{type(self).__name__}, as it is set, needs a row for each target: set train_mode: prefix."
+            )
+        return self.loss(hidden, batch.targets, batch.negatives, batch.target_weights)
+
+    def packed(self, interaction: SequenceBatch | Interaction) -> SequenceBatch:
+        """A batch of RecBole's rows as the model works on it, on the host; one that is packed already, as it is.
+
+        Rows on a GPU are fetched from there, so it is better to leave them on the host.
+        """
+        if isinstance(interaction, SequenceBatch):
+            return interaction
         rows, negatives = len(interaction), None
         if self.NEG_ITEM_ID in interaction:
             # RecBole lays all rows end to end once for each negative.
-            negatives = interaction[self.NEG_ITEM_ID].view(self.n_negatives, -1).T
+            negatives = interaction[self.NEG_ITEM_ID].cpu().view(self.n_negatives, -1).T
             rows = len(negatives)
-        hidden = self._encode_rows(self._history(interaction)[:rows], interaction[self.ITEM_SEQ_LEN][:rows])
-        return self.loss(hidden, interaction[self.POS_ITEM_ID][:rows], negatives)
+        targets = interaction[self.POS_ITEM_ID] if self.POS_ITEM_ID in interaction else interaction[self.ITEM_SEQ_LEN]
+        batch = self._pack_rows(
+            self._history(interaction)[:rows].cpu(),
+            interaction[self.ITEM_SEQ_LEN][:rows].cpu(),
+            targets[:rows].cpu(),
+            negatives,
+        )
+        return replace(batch, weight=getattr(interaction, "weight", 1.0))
+
+    def _pack_rows(self, item_seq, item_seq_len, targets, negatives=None) -> SequenceBatch:
+        if bool((item_seq_len == 0).any()):
+            raise UserError("a row has an empty history, from which nothing can be predicted: leave such rows out.")
+        return SequenceBatch.of_rows(item_seq, item_seq_len, targets, negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Score of each row's own item, ``[B]``, in the parameters' dtype."""
-        hidden = self._represent(interaction)
+        hidden = self._represent(self.packed(interaction))
         with torch.autocast(hidden.device.type, enabled=False):
-            item = self.item_embedding(interaction[self.ITEM_ID])
+            item = self.item_embedding(interaction[self.ITEM_ID].to(hidden.device))
             hidden, item = self.score_factors(hidden.to(item.dtype), item)
             return (hidden * item).sum(-1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding."""
-        hidden, table = self._represent(interaction), self.item_embedding.weight
+        hidden, table = self._represent(self.packed(interaction)), self.item_embedding.weight
         with torch.autocast(hidden.device.type, enabled=False):  # rounded to bfloat16, scores would tie
             hidden, table = self.score_factors(hidden.to(table.dtype), table)
             return hidden @ table.T
 
-    def _represent(self, interaction: Interaction) -> Tensor:
-        return self(self._history(interaction), interaction[self.ITEM_SEQ_LEN])
+    def _represent(self, batch: SequenceBatch) -> Tensor:
+        """Representation of each window of a ``last`` batch, ``[N, d]``."""
+        return self.read_out(self._encode_last(batch.to(self.item_embedding.weight.device)))
 
     def _history(self, interaction: Interaction) -> Tensor:
         """Item ids of padded rows, ``[B, L]``; with time gaps ``[B, L, 2]``."""
         items = interaction[self.ITEM_SEQ]
         return torch.stack([items, interaction[SequenceDataset.TIME_GAPS]], -1) if self.use_time_gaps else items
 
-    def _encode_rows(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """Hidden state at the last item of each padded row, ``[B, d]``."""
-        device = "cpu" if item_seq.device.type == "cpu" else "cuda"
-        read = self.items_read(item_seq_len)
+    def _encode_last(self, batch: SequenceBatch) -> Tensor:
+        """Hidden state at the last item of each window of a ``last`` batch, ``[N, d]``."""
+        device = "cpu" if batch.items.is_cpu else "cuda"
+        read = self.items_read(borders(batch.cu_seqlens).lengths)
         block = (read.cumsum(0) - read) // ITEMS_PER_BLOCK[device]
-        sizes = block.unique_consecutive(return_counts=True)[1].tolist()
-        blocks = zip(item_seq.split(sizes), item_seq_len.split(sizes), strict=True)
-        if len(sizes) > 1 and torch.is_grad_enabled() and int(read.sum()) > ITEMS_KEPT[device]:
-            return torch.cat([checkpoint(self._encode_block, *rows, use_reentrant=False) for rows in blocks])
-        return torch.cat([self._encode_block(*rows) for rows in blocks])
+        blocks = batch.split(block.unique_consecutive(return_counts=True)[1].tolist())
+        if len(blocks) > 1 and torch.is_grad_enabled() and int(read.sum()) > ITEMS_KEPT[device]:
+            return torch.cat([checkpoint(self._encode_block, part, use_reentrant=False) for part in blocks])
+        hidden = [self._encode_block(part) for part in blocks]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """How many items the model works on for rows of these lengths, ``[B]``."""
         return item_seq_len
 
-    def _encode_block(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        if bool((item_seq_len == 0).any()):
-            raise UserError("a row has an empty history, from which nothing can be predicted: leave such rows out.")
-        items, cu_seqlens = pack(item_seq, item_seq_len)
-        return self.encode(items, cu_seqlens, read=last_rows(cu_seqlens), last=True)
+    def _encode_block(self, batch: SequenceBatch) -> Tensor:
+        return self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows, last=True)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -90,6 +90,7 @@ class STARRec(PackedRecommender):
             else None
         )
         self.routes_positions = config["moe_level"] == "position"
+        self.fillable = not self.routes_positions  # whose losses count rows, not targets
         if self.routes_positions and config["train_mode"] == "prefix":
             raise UserError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
@@ -117,18 +118,20 @@ class STARRec(PackedRecommender):
         """The mixture of experts, or ``hidden`` itself where there is none here."""
         return hidden if self.mixture is None or self.routes_positions else self.mixture(hidden).output
 
-    def loss(self, hidden: Tensor, positives: Tensor, negatives: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    def loss(
+        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
         if self.mixture is None:
-            return self.ranking_loss(hidden, positives, negatives)
+            return self.ranking_loss(hidden, positives, negatives, weights)
         if self.routes_positions:
             mixed, self._mixed = self._mixed, None
         else:
             mixed = self.mixture(hidden)
             hidden = mixed.output
-        terms = [self.ranking_loss(hidden, positives, negatives)]
+        terms = [self.ranking_loss(hidden, positives, negatives, weights)]
         if self.diversity_weight and mixed is not None:
-            terms.append(self.diversity_weight * expert_diversity(mixed.experts))
+            terms.append(self.diversity_weight * expert_diversity(mixed.experts, weights))
         if self.balance_weight and mixed is not None:
-            terms.append(self.balance_weight * load_balance(mixed.gate, mixed.chosen))
+            terms.append(self.balance_weight * load_balance(mixed.gate, mixed.chosen, weights))
         return tuple(terms) if len(terms) > 1 else terms[0]

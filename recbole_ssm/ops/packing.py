@@ -2,13 +2,20 @@
 
 ``cu_seqlens`` (int32, ``[S+1]``) holds the borders: sequence ``s`` owns the rows ``cu_seqlens[s]`` to
 ``cu_seqlens[s+1] - 1``. For lengths 3, 0 and 2, ``cu_seqlens = [0, 3, 3, 5]``.
+
+What else ops need to know of the borders is made of the lengths on the host, as tables (:class:`Borders`). A loader
+makes them with the batch (:func:`know`), so that nothing is ever read back from a GPU; of a ``cu_seqlens`` that comes
+without, :func:`borders` reads the lengths once.
 """
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+# Rows of a chunk that kernels work on together: the sizes that a batch's tables are made for.
+CHUNK_SIZES = (16, 32)
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
@@ -24,25 +31,27 @@ def sequence_lengths(cu_seqlens: Tensor) -> Tensor:
 
 
 def sequence_ids(cu_seqlens: Tensor) -> Tensor:
-    """The sequence register: which sequence each row belongs to, int64 ``[T]`` (Mamba-2's ``seq_idx``)."""
-    lengths = sequence_lengths(cu_seqlens)
-    numbers = torch.arange(len(lengths), device=cu_seqlens.device)
-    return torch.repeat_interleave(numbers, lengths, output_size=borders(cu_seqlens).total)
+    """The sequence register: which sequence each row belongs to, int32 ``[T]`` (Mamba-2's ``seq_idx``)."""
+    return borders(cu_seqlens).table("sequence_ids")
 
 
 def positions(cu_seqlens: Tensor) -> Tensor:
-    """Position of each row within its own sequence, counted from 0, int64 ``[T]``."""
-    starts = cu_seqlens[:-1].long()[sequence_ids(cu_seqlens)]
-    return torch.arange(len(starts), device=cu_seqlens.device) - starts
+    """Position of each row within its own sequence, counted from 0, int32 ``[T]``."""
+    return borders(cu_seqlens).table("positions")
 
 
 def last_rows(cu_seqlens: Tensor) -> Tensor:
-    """Row of the last position of each sequence, int64 ``[S]``; every sequence must have one."""
-    return cu_seqlens[1:].long() - 1
+    """Row of the last position of each sequence, int32 ``[S]``; every sequence must have one."""
+    return borders(cu_seqlens).table("last_rows")
+
+
+def flip_rows(cu_seqlens: Tensor) -> Tensor:
+    """Row order, int32 ``[T]``, that reverses each sequence in its place; it is its own inverse."""
+    return borders(cu_seqlens).table("flip_rows")
 
 
 def rows(packed: Tensor, read: Tensor | None) -> Tensor:
-    """The rows ``read`` (int64 ``[R]``, each at most once) of ``[T, ...]``, all where absent.
+    """The rows ``read`` (integer ``[R]``, each at most once) of ``[T, ...]``, all where absent.
 
     ``packed[read]`` is the same, but its backward pass is made for rows that are read more than once, and slow.
     """
@@ -53,14 +62,9 @@ def rows(packed: Tensor, read: Tensor | None) -> Tensor:
 @torch.inference_mode(False)
 def single_rows(count: int, device: torch.device) -> Tensor:
     """Borders of ``count`` sequences of one row each, int32 ``[count+1]``; not to be written to."""
-    return torch.arange(count + 1, dtype=torch.int32, device=device)
-
-
-def flip_rows(cu_seqlens: Tensor) -> Tensor:
-    """Row order, int64 ``[T]``, that reverses each sequence in its place; it is its own inverse."""
-    borders = cu_seqlens.long()
-    mirror = (borders[:-1] + borders[1:] - 1)[sequence_ids(cu_seqlens)]
-    return mirror - torch.arange(len(mirror), device=cu_seqlens.device)
+    cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device)
+    know(cu_seqlens, Borders(torch.ones(count, dtype=torch.int64), device))
+    return cu_seqlens
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,83 +88,130 @@ def pad(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 class Borders:
-    """What ops need to know of a ``cu_seqlens``, read from the device once a batch.
+    """What ops need to know of sequences' borders, made of their lengths on the host.
+
+    With ``room`` all shapes follow from ``T``, ``S`` and it alone, as a CUDA graph wants them: tables of chunks are
+    filled up to as many as that many sequences with that many rows could have. A surplus chunk belongs to the last
+    sequence, and begins past its end.
+
+    Args:
+        lengths: length of each sequence, int64 ``[S]``, on the CPU.
+        device: where the tables are wanted.
+        tables: those that are there already, as of :meth:`all_tables`.
+        room: a length that no sequence exceeds.
 
     Attributes:
-        lengths: length of each sequence, int64 ``[S]``, on the CPU.
+        lengths: as given.
         total: rows of all sequences, ``T``.
-        positions: what :func:`row_positions` has found.
-
-    Raises:
-        ValueError: where the borders are none.
+        longest: length of the longest sequence, 0 where there is none; ``room`` where that is given.
+        room: as given.
     """
 
-    def __init__(self, cu_seqlens: Tensor):
+    def __init__(
+        self,
+        lengths: Tensor,
+        device: torch.device | str = "cpu",
+        tables: dict[str, Tensor] | None = None,
+        room: int | None = None,
+    ):
+        self.lengths, self.room = lengths, room
+        self.total = int(lengths.sum())
+        self.longest = room or (int(lengths.max()) if len(lengths) else 0)
+        self._device, self._tables = device, dict(tables or {})
+
+    @classmethod
+    def read(cls, cu_seqlens: Tensor) -> "Borders":
+        """Those of a ``cu_seqlens`` of which no more is known; for a GPU's, the host waits.
+
+        Raises:
+            ValueError: where the borders are none.
+        """
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
             raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
         host = cu_seqlens.cpu()
-        self.lengths = sequence_lengths(host)
-        if int(host[0]) != 0 or bool((self.lengths < 0).any()):
+        lengths = sequence_lengths(host)
+        if int(host[0]) != 0 or bool((lengths < 0).any()):
             raise ValueError("cu_seqlens must start at 0 and never decrease")
-        self.device = cu_seqlens.device
-        self.total = int(host[-1])
-        self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
-        self._joints: dict[int, tuple[Tensor, int]] = {}
-        self.positions: Tensor | None = None
+        return cls(lengths, cu_seqlens.device)
 
-    @cached_property
-    def longest(self) -> int:
-        """Length of the longest sequence, 0 where there is none."""
-        return int(self.lengths.max()) if len(self.lengths) else 0
+    def all_tables(self) -> dict[str, Tensor]:
+        """Every table that an op may ask for, by name."""
+        names = ["sequence_ids", "positions", "flip_rows", "last_rows"]
+        names += [f"{kind}/{size}" for size in CHUNK_SIZES for kind in ("chunks", "first_chunks", "joints")]
+        return {name: self.table(name) for name in names}
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # what is kept must serve training, too
+    def table(self, name: str) -> Tensor:
+        """A table by its name, int32: see the functions of this module that are called like it."""
+        if name not in self._tables:
+            self._tables[name] = self._make(*name.split("/")).to(self._device)
+        return self._tables[name]
+
     def chunks(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut each sequence into chunks of ``size`` rows, its last one shorter.
 
         Returns:
             The sequence of each chunk, int32 ``[C]``, and the number of each sequence's first chunk, int32 ``[S+1]``.
         """
-        if size not in self._chunks:
-            counts = (self.lengths + size - 1) // size
-            sequences = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
-            starts = cu_seqlens_from_lengths(counts)
-            self._chunks[size] = sequences.to(self.device), starts.to(self.device)
-        return self._chunks[size]
+        return self.table(f"chunks/{size}"), self.table(f"first_chunks/{size}")
 
-    @torch.inference_mode(False)
     def joints(self, size: int) -> tuple[Tensor, int]:
         """Where state passes from one chunk of ``size`` rows to the next: nowhere in a sequence of one chunk.
 
         Returns:
-            The number of each sequence's first joint, int32 ``[S+1]``, and how many there are.
+            The number of each sequence's first joint, int32 ``[S+1]``, and how many there are (could be, with
+            ``room``).
         """
-        if size not in self._joints:
-            starts = cu_seqlens_from_lengths((self.lengths - 1).clamp_min(0) // size)
-            self._joints[size] = starts.to(self.device), int(starts[-1])
-        return self._joints[size]
+        count = self.total // size if self.room else int(self._joints_each(size).sum())
+        return self.table(f"joints/{size}"), count
+
+    def _joints_each(self, size: int) -> Tensor:
+        return (self.lengths - 1).clamp_min(0) // size
+
+    def _make(self, kind: str, size: str = "") -> Tensor:
+        lengths = self.lengths
+        if kind in ("chunks", "first_chunks"):
+            counts = (lengths + int(size) - 1) // int(size)
+            if kind == "first_chunks":
+                return cu_seqlens_from_lengths(counts)
+            sequence = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+            surplus = self.total // int(size) + len(lengths) - len(sequence) if self.room else 0
+            return torch.cat([sequence, sequence.new_full((surplus,), max(0, len(lengths) - 1))])
+        if kind == "joints":
+            return cu_seqlens_from_lengths(self._joints_each(int(size)))
+        stops = lengths.cumsum(0)
+        if kind == "last_rows":
+            return (stops - 1).to(torch.int32)
+        if kind == "sequence_ids":
+            return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        row = torch.arange(self.total)
+        starts = (stops - lengths).repeat_interleave(lengths)
+        if kind == "positions":
+            return (row - starts).to(torch.int32)
+        if kind == "flip_rows":
+            return (starts + stops.repeat_interleave(lengths) - 1 - row).to(torch.int32)
+        raise KeyError(kind)
 
 
 _known = WeakTensorKeyDictionary()
 
 
-@torch.inference_mode(False)  # what is kept must serve training, too
+def know(cu_seqlens: Tensor, found: Borders) -> None:
+    """Keep what is known of ``cu_seqlens``, for as long as the tensor lives unchanged."""
+    if not cu_seqlens.is_inference():  # which does not tell whether it has been written to
+        _known[cu_seqlens] = (cu_seqlens._version, found)
+
+
 def borders(cu_seqlens: Tensor) -> Borders:
-    """The borders' :class:`Borders`, kept for as long as the tensor lives unchanged: each look at a GPU's waits."""
-    if cu_seqlens.is_inference():  # which does not tell whether it has been written to
-        return Borders(cu_seqlens)
+    """What is known of ``cu_seqlens``, read from it where nothing is."""
+    if cu_seqlens.is_inference():
+        return Borders.read(cu_seqlens)
     found = _known.get(cu_seqlens)
     if found is None or found[0] != cu_seqlens._version:
-        found = _known[cu_seqlens] = (cu_seqlens._version, Borders(cu_seqlens))
+        known = Borders.read(cu_seqlens)
+        know(cu_seqlens, known)
+        return known
     return found[1]
-
-
-@torch.inference_mode(False)
-def row_positions(cu_seqlens: Tensor) -> Tensor:
-    """As :func:`positions`, int32, and kept like :func:`borders`."""
-    known = borders(cu_seqlens)
-    if known.positions is None:
-        known.positions = positions(cu_seqlens).to(torch.int32)
-    return known.positions
 
 
 def check_packed(cu_seqlens: Tensor, **tensors: Tensor | None) -> None:

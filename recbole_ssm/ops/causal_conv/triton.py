@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid
-from recbole_ssm.ops.packing import row_positions
+from recbole_ssm.ops.packing import positions as row_positions
 
 ROWS = 32
 CHANNELS = 64

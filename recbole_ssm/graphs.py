@@ -1,0 +1,188 @@
+"""Training steps that replay as CUDA graphs, each compared with the plain step before it is trusted."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.errors import UserError
+
+CUDA_GRAPHS = ("auto", "on", "off")
+
+# Plain steps of each shape before its graph is captured: autotune and the optimizer's first step do not belong in it.
+WARM_UP_STEPS = 2
+# Each keeps its activations. A batch of yet another shape takes plain steps.
+MOST_GRAPHS = 16
+# How far gradients may be from the plain step's, relative to their norm: the same kernels on the same numbers, but for
+# the order of sums that torch itself leaves open.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
+class CudaGraph:
+    """A recorded sequence of launches (:class:`torch.cuda.CUDAGraph`)."""
+
+    def __init__(self, pool: Any = None):
+        self._graph, self.pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Record what ``function`` launches, without running it."""
+        # Of other threads' calls (the next batch is being made meanwhile) nothing is recorded.
+        with torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"):
+            function()
+
+    def replay(self) -> None:
+        """Launch it all again."""
+        self._graph.replay()
+
+
+class _Recorded:
+    """One shape's graph, the bytes of its batch, and where its loss is."""
+
+    def __init__(self, graph: Any, buffer: Tensor, terms: Tensor):
+        self.graph, self.buffer, self.terms = graph, buffer, terms
+
+
+class GraphedSteps:
+    """Training steps, plain until a graph of the batch's shape has been captured and found right.
+
+    A step is ``backward(batch)``, which leaves the gradients in the parameters and returns the loss's terms, and
+    ``update()``, which changes parameters and the optimizer's state in place.
+
+    Args:
+        backward: see above; may not read the device.
+        update: see above.
+        optimizer: its parameters and state are put back where a graph turns out wrong.
+        device: where the parameters are.
+        precision: dtype of the step's products.
+        required: raise where a graph cannot be captured or differs, instead of going on without.
+        graph: makes an empty graph.
+    """
+
+    def __init__(
+        self,
+        backward: Callable[[SequenceBatch], Tensor],
+        update: Callable[[], None],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+        required: bool = False,
+        graph: Callable[..., Any] = CudaGraph,
+    ):
+        self._backward, self._update, self._optimizer = backward, update, optimizer
+        self._device, self._tolerance, self._required = device, TOLERANCE[precision], required
+        self._new_graph = graph
+        self._recorded: dict[Any, _Recorded] = {}
+        self._steps: Counter[Any] = Counter()
+        self._pool: Any = None
+        self.active = True
+        self.replays = 0
+
+    def __call__(self, batch: SequenceBatch) -> Tensor:
+        """Take a step by a batch that lies on the host in one buffer; returns the terms of its loss, ``[n]``."""
+        shape = batch.shape if self.active else None
+        if shape in self._recorded:
+            recorded = self._recorded[shape]
+            recorded.buffer.copy_(batch.buffer, non_blocking=True)
+            recorded.graph.replay()
+            self.replays += 1
+            return recorded.terms
+        self._steps[shape] += 1
+        if self.active and self._steps[shape] > WARM_UP_STEPS and len(self._recorded) < MOST_GRAPHS:
+            return self._record(shape, batch)
+        terms = self._backward(batch.to(self._device))
+        self._update()
+        return terms
+
+    def _record(self, shape: Any, batch: SequenceBatch) -> Tensor:
+        """Capture the step and take it, by the graph if that gives what the plain step gives."""
+        on_device = batch.to(self._device)
+        random = _random_state(self._device)
+        expected = self._backward(on_device)
+        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
+        before = self._state()
+        terms = torch.empty_like(expected)
+        wrong, recorded = "", None
+        _set_random_state(self._device, random)
+        try:
+            graph = self._new_graph(self._pool)
+
+            def step() -> None:
+                terms.copy_(self._backward(on_device))
+                self._update()
+
+            graph.capture(step)
+            graph.replay()
+            wrong = self._difference(expected, terms, gradients)
+            recorded = _Recorded(graph, on_device.buffer, terms)
+        except RuntimeError as error:
+            wrong = f"it cannot be captured ({str(error).splitlines()[0]})"
+        if not wrong:
+            self._recorded[shape], self._pool = recorded, graph.pool
+            return terms
+        if self._required:
+            raise UserError(f"the CUDA graph of a training step is of no use here: {wrong}; set cuda_graphs: auto.")
+        self.active = False
+        self._recorded.clear()
+        logging.getLogger().warning(f"Training goes on without CUDA graphs: {wrong}")
+        for now, old in zip(self._tensors(), before, strict=True):
+            now.copy_(old)
+        _set_random_state(self._device, random)
+        terms = self._backward(on_device)
+        self._update()
+        return terms
+
+    def _difference(self, expected: Tensor, found: Tensor, gradients: list[Tensor | None]) -> str:
+        """In which respect the replay differs from the plain step; empty where it does not."""
+        if not torch.allclose(found, expected, rtol=self._tolerance, atol=1e-6, equal_nan=True):
+            return f"its loss is {found.tolist()}, that of the plain step {expected.tolist()}"
+        for i, (parameter, gradient) in enumerate(zip(self._parameters(), gradients, strict=True)):
+            if gradient is None or parameter.grad is None:
+                if gradient is not parameter.grad:
+                    return f"only one of the two gives parameter {i} a gradient"
+                continue
+            off, norm = (parameter.grad - gradient).norm(), gradient.norm()
+            if not bool(off <= self._tolerance * norm + 1e-7) and bool(torch.isfinite(norm)):
+                return f"the gradient of parameter {i} is off by {float(off):.3g} at a norm of {float(norm):.3g}"
+        return ""
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _tensors(self) -> list[Tensor]:
+        """What a step changes in place."""
+        state = [v for p in self._parameters() for v in self._optimizer.state[p].values() if isinstance(v, Tensor)]
+        return [p.data for p in self._parameters()] + state
+
+    def _state(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self._tensors()]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def made_ahead(batches: Any, prepare: Callable[[Any], Any]) -> Iterator[Any]:
+    """``prepare(batch)`` of each batch, made by another thread while the one before it is worked on."""
+    iterator, end = iter(batches), object()
+
+    def make() -> Any:
+        batch = next(iterator, end)
+        return batch if batch is end else prepare(batch)
+
+    with ThreadPoolExecutor(1, "batches") as worker:
+        coming = worker.submit(make)
+        while (batch := coming.result()) is not end:
+            coming = worker.submit(make)
+            yield batch
