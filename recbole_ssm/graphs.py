@@ -1,6 +1,7 @@
 """Training steps that replay as CUDA graphs, each compared with the plain step before it is trusted."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,7 @@ class GraphedSteps:
         expected = self._backward(on_device)
         gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
         before = self._state()
-        terms = torch.empty_like(expected)
+        terms = torch.full_like(expected, math.nan)
         wrong, recorded = "", None
         _set_random_state(self._device, random)
         try:

@@ -19,8 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
-from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.models.base import PackedRecommender

@@ -6,11 +6,8 @@ import threading
 import pytest
 import torch
 
-from recbole_ssm.data.batch import SequenceBatch, size_class
 from recbole_ssm.errors import UserError
-from recbole_ssm.graphs import MOST_GRAPHS, WARM_UP_STEPS, GraphedSteps, made_ahead
-from recbole_ssm.ops.packing import borders
-from recbole_ssm.registry import MODELS
+from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.trainer import SequenceTrainer
 
 from .conftest import build
@@ -29,45 +26,141 @@ class Graph:
         self.function()
 
 
-class WrongGraph(Graph):
+class OtherDropout(Graph):
     def replay(self):
-        torch.rand(1)  # so that dropout draws other numbers
+        torch.rand(1)
         super().replay()
 
 
-class UncapturableGraph(Graph):
+class Stale(Graph):
+    def replay(self):
+        pass
+
+
+class Uncapturable(Graph):
     def capture(self, function):
-        function()  # half of what it did must be undone
+        function()  # what it changed must be undone
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
-def batches_of(model, train_data, longest=50):
-    return [model.packed(batch).filled(longest).in_one_buffer(pinned=False) for batch in train_data]
-
-
-def train(monkeypatch, graph, epochs=3, required=False, model="Mamba4Rec", **settings):
-    """Weights after training, and the steps; without a graph by the same filled batches."""
-
-    def steps(trainer):
-        made = GraphedSteps(
-            trainer._backward,
-            trainer._update,
-            trainer.optimizer,
-            trainer.device,
-            required=required,
-            graph=graph or Graph,
-        )
-        made.active = True
-        if graph is None:
-            made._steps = dict.fromkeys((), 0)
-            monkeypatch.setattr("recbole_ssm.graphs.WARM_UP_STEPS", 10**9)
-        return made
-
-    monkeypatch.setattr("recbole_ssm.graphs.WARM_UP_STEPS", WARM_UP_STEPS)
+def trainer_of(monkeypatch, graph, required=False, model="Mamba4Rec", **settings):
+    """A trainer whose steps are graphed by ``graph``, or plain where there is none, and its loaders."""
+    monkeypatch.setattr("recbole_ssm.graphs.WARM_UP_STEPS", 2 if graph else 10**9)
     monkeypatch.setattr(SequenceTrainer, "_wants_graphs", lambda *_: True)
-    monkeypatch.setattr(SequenceTrainer, "_graphed_steps", steps)
-    config, model, loaders = build(model, epochs=epochs, train_batch_size=64, dropout_prob=0.3, **settings)
-    trainer = SequenceTrainer(config, model)
+    monkeypatch.setattr(
+        SequenceTrainer,
+        "_graphed_steps",
+        lambda t: GraphedSteps(t._backward, t._update, t.optimizer, t.device, required=required, graph=graph),
+    )
+    settings = {"epochs": 3, "train_batch_size": 64, "dropout_prob": 0.3, "lr_scheduler_type": "linear", **settings}
+    config, model, loaders = build(model, **settings)
+    return SequenceTrainer(config, model), loaders
+
+
+def trained(monkeypatch, graph, **settings):
+    trainer, (train_data, *_) = trainer_of(monkeypatch, graph, **settings)
     torch.manual_seed(5)
-    trainer.fit(loaders[0], saved=False)
-    return model.state_dict(), trainer.graphs
+    trainer.fit(train_data, saved=False)
+    return trainer, {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("model", ["Mamba4Rec", "STARRec"])
+def test_replayed_steps_train_as_plain_ones(monkeypatch, model):
+    """The same weights to the bit: batches of one shape share a graph, dropout draws anew, the rate falls."""
+    _, plain = trained(monkeypatch, None, model=model)
+    trainer, replayed = trained(monkeypatch, Graph, model=model)
+    assert trainer.graphs.active
+    assert trainer.graphs.replays > len(trainer.graphs._recorded) > 0
+    torch.testing.assert_close(replayed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("graph", "dropout_prob", "reason"),
+    [(OtherDropout, 0.3, "its loss is"), (Stale, 0.0, "its loss is"), (Uncapturable, 0.0, "cannot be captured")],
+)
+def test_a_graph_that_is_wrong_is_left_out(monkeypatch, caplog, graph, dropout_prob, reason):
+    _, plain = trained(monkeypatch, None, dropout_prob=dropout_prob)
+    with caplog.at_level(logging.WARNING):
+        trainer, weights = trained(monkeypatch, graph, dropout_prob=dropout_prob)
+    (line,) = [record.message for record in caplog.records if "CUDA graph" in record.message]
+    assert line.startswith("Training goes on without CUDA graphs")
+    assert reason in line
+    assert not trainer.graphs.active
+    assert trainer.graphs.replays == 0
+    if not dropout_prob:  # batches are filled up no longer, and dropout would draw other numbers
+        torch.testing.assert_close(weights, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_where_graphs_are_required_a_wrong_one_raises(monkeypatch):
+    with pytest.raises(UserError, match="cuda_graphs: auto"):
+        trained(monkeypatch, Uncapturable, required=True)
+
+
+def test_a_nan_is_noticed_by_replays_too(monkeypatch):
+    trainer, (train_data, *_) = trainer_of(monkeypatch, Graph)
+    trainer.fit(train_data, saved=False)
+    assert trainer.graphs.replays
+    with torch.no_grad():
+        trainer.model.item_embedding.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        trainer._train_epoch(train_data, 2)
+
+
+def test_a_resumed_run_goes_on_as_an_uninterrupted_one(monkeypatch):
+    trainer, (train_data, valid_data, _) = trainer_of(monkeypatch, Graph, epochs=4)
+    trainer.fit(train_data, valid_data)
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    def stop(epoch, score):
+        if epoch == 1:
+            raise InterruptedError
+
+    trainer, (train_data, valid_data, _) = trainer_of(monkeypatch, Graph, epochs=4)
+    with pytest.raises(InterruptedError):
+        trainer.fit(train_data, valid_data, callback_fn=stop)
+    file = trainer.saved_model_file
+    trainer, (train_data, valid_data, _) = trainer_of(monkeypatch, Graph, epochs=4)
+    trainer.resume_checkpoint(file)
+    trainer.fit(train_data, valid_data)
+    assert trainer.graphs.replays
+    torch.testing.assert_close(dict(trainer.model.state_dict()), whole, rtol=0, atol=0)
+
+
+def test_on_is_refused_where_there_is_no_gpu():
+    config, model, _ = build("Mamba4Rec", cuda_graphs="on")
+    with pytest.raises(UserError, match="there is no GPU"):
+        SequenceTrainer(config, model)
+
+
+def test_on_and_off_as_yaml_reads_them():
+    config, model, _ = build("Mamba4Rec", cuda_graphs=False)
+    assert config["cuda_graphs"] == "off"
+    assert SequenceTrainer(config, model).graphs is None
+    with pytest.raises(UserError, match="cuda_graphs is 'always'"):
+        build("Mamba4Rec", cuda_graphs="always")
+
+
+def test_the_next_batch_is_made_while_one_is_worked_on():
+    made, main = [], threading.current_thread()
+
+    def prepare(batch):
+        assert threading.current_thread() is not main
+        made.append(batch)
+        return 10 * batch
+
+    batches = made_ahead([1, 2, 3], prepare)
+    assert next(batches) == 10
+    assert list(batches) == [20, 30]
+    assert made == [1, 2, 3]
+
+
+def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_asked_for():
+    def prepare(batch):
+        if batch == 2:
+            raise UserError("a row has an empty history")
+        return batch
+
+    batches = made_ahead([1, 2, 3], prepare)
+    assert next(batches) == 1
+    with pytest.raises(UserError, match="empty history"):
+        next(batches)

@@ -140,18 +140,21 @@ class SequenceBatch:
         tensors = self._tensors()
         sizes = [-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in tensors.values()]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
-        batch = self.within(buffer)
-        for name, view in batch._tensors().items():
+        for name, view in self._views(buffer).items():
             view.copy_(tensors[name])
-        return batch
+        return self.within(buffer)
 
-    def within(self, buffer: Tensor) -> "SequenceBatch":
-        """A batch of this one's shape whose tensors are views of ``buffer``, whatever that holds now."""
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         views, begin = {}, 0
         for name, tensor in self._tensors().items():
             size = tensor.numel() * tensor.element_size()
             views[name] = buffer[begin : begin + size].view(tensor.dtype).view(tensor.shape)
             begin += -(-size // ALIGNMENT) * ALIGNMENT
+        return views
+
+    def within(self, buffer: Tensor) -> "SequenceBatch":
+        """A batch of this one's shape whose tensors are views of ``buffer``, whatever that holds now."""
+        views = self._views(buffer)
         own = {f.name: views.pop(f.name) for f in fields(self) if f.name in views}
         batch = replace(self, **own, buffer=buffer)
         known = borders(self.cu_seqlens)

@@ -82,9 +82,8 @@ class _FullCrossEntropy(torch.autograd.Function):
         if ctx.into is None:
             raise RuntimeError("full_cross_entropy keeps its gradients for one backward pass, and this is the second")
         # Multiplied in place: a copy of the table's gradient is as large as the table.
-        into = [
-            t if t is None else t.mul_(grad).to(dtype) for t, dtype in zip(ctx.into, ctx.dtypes, strict=True)
-        ]  # fmt: skip
+        torch._foreach_mul_([t for t in ctx.into if t is not None], grad)
+        into = [t if t is None else t.to(dtype) for t, dtype in zip(ctx.into, ctx.dtypes, strict=True)]
         ctx.into = None
         return *into, None, None, None, None
 
@@ -107,7 +106,7 @@ def _loss_and_slope_on_cpu(scores: Tensor, wanted: Tensor, smoothing: float, dif
 def _loss_and_slope(scores: Tensor, wanted: Tensor, smoothing: float, differentiate: bool):
     """As :func:`_loss_and_slope_on_cpu`, in as few launches as it takes."""
     log_probability = scores.log_softmax(1)
-    losses = log_probability.gather(1, wanted)[:, 0].neg_()
+    losses = F.nll_loss(log_probability, wanted[:, 0], reduction="none")
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * log_probability.mean(1)
     if not differentiate:

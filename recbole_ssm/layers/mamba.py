@@ -65,22 +65,33 @@ class Mamba(nn.Module):
         Returns:
             ``[T, d_model]`` or ``[R, d_model]``.
         """
-        into_scan, into_gate = self.in_proj.weight.chunk(2)
-        z = F.linear(rows(x, read), into_gate)
-        x = F.linear(x, into_scan)
-        x = causal_conv(x, self.conv.weight[:, 0], self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
-        into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
-        dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
-        dt, A = F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float())
         settings: dict[str, Any] = {
             "dt_bias": self.dt_proj.bias, "dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": self.backend,
         }  # fmt: skip
+        A = -torch.exp(self.A_log.float())
+        if not last and (self.backend == "triton" or not x.is_cpu):
+            # Kernels take skip and gate as they go: fewer launches count more there than rows that nobody reads.
+            x, z = F.linear(x, self.in_proj.weight).chunk(2, -1)
+            x = self._convolve(x, cu_seqlens)
+            dt, B, C = F.linear(x, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            y = selective_scan(x, F.linear(dt, self.dt_proj.weight), A, B, C, self.D, z, **settings)
+            return self.out_proj(rows(y, read))
+        into_scan, into_gate = self.in_proj.weight.chunk(2)
+        z = F.linear(rows(x, read), into_gate)
+        x = self._convolve(F.linear(x, into_scan), cu_seqlens)
+        into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
+        dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
         if last:
             x_read = rows(x, read)
             y = selective_scan_last(x, dt, A, B, F.linear(x_read, into_C), **settings)
         else:
             y, x_read = rows(selective_scan(x, dt, A, B, F.linear(x, into_C), **settings), read), rows(x, read)
         return self.out_proj((y + self.D * x_read) * F.silu(z))
+
+    def _convolve(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        weight = self.conv.weight.flatten(1)
+        return causal_conv(x, weight, self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
 
 
 class MambaLayer(nn.Module):

@@ -13,7 +13,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, init_weights
-from recbole_ssm.ops.packing import positions
+from recbole_ssm.ops.packing import positions, rows
 
 
 class DualPathLayer(nn.Module):
@@ -57,8 +57,18 @@ class DualPathLayer(nn.Module):
             return self.attention(x, item_embedding, cu_seqlens, read, last)
         if not self.use_pma:
             return self.ssm(x, cu_seqlens, read, last)
-        attended = self.attention(x, item_embedding, cu_seqlens, read, last)
-        scanned = self.ssm(x, cu_seqlens, read, last)
+        if not last and not x.is_cpu:  # once, at the end: fewer launches count more there than rows that nobody reads
+            return rows(self.fused(self.attention(x, item_embedding, cu_seqlens), self.ssm(x, cu_seqlens)), read)
+        return self.fused(
+            self.attention(x, item_embedding, cu_seqlens, read, last), self.ssm(x, cu_seqlens, read, last)
+        )
+
+    def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
+        """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""
+        if self.fusion_gate is None:
+            # One product with both, laid side by side.
+            both = torch.stack([attended, scanned])
+            return torch.mv(both.flatten(1).T, self.fusion_logits.softmax(0).to(both.dtype)).view_as(attended)
         gamma = self.fusion_weights(attended, scanned)
         return gamma[:, :1] * attended + gamma[:, 1:] * scanned
 
