@@ -151,8 +151,9 @@ def scores_read(trained: bool, scores: Tensor, *_: Any) -> Cost:
 
 
 def ranking_loss(
-    all_items: int | None, trained: bool, value: Tensor, hidden: Tensor, positives: Tensor, negatives: Tensor | None
-) -> Cost:
+    all_items: int | None, trained: bool, value: Tensor, hidden: Tensor, positives: Tensor, negatives: Tensor | None,
+    *_: Any,
+) -> Cost:  # fmt: skip
     """Of scoring each of ``hidden [M, d]`` with all items' embeddings, or where that is None with its own ``1 + K``."""
     sampled = 1 if negatives is None else 1 + negatives.shape[1]
     scores = len(hidden) * (all_items or sampled)

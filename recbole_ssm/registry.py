@@ -27,10 +27,10 @@ MODELS = {
 def register() -> None:
     """Make every model of :data:`MODELS` known to RecBole's own look-ups by name."""
     # RecBole's look-up imports all its sequential models, and one of them (SINE) switches torch's anomaly detection on
-    # for the whole process, which slows every model's backward pass down.
-    anomaly_detection = torch.is_anomaly_enabled()
+    # for the whole process, which slows every model's backward pass down. It did so before now where RecBole was
+    # imported first; whoever wants it switches it on after this import.
     importlib.import_module("recbole.model.sequential_recommender")
-    torch.autograd.set_detect_anomaly(anomaly_detection)
+    torch.autograd.set_detect_anomaly(False)
 
     from recbole_ssm.data.sequence_dataset import SequenceDataset
     from recbole_ssm.trainer import SequenceTrainer

@@ -14,6 +14,7 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_gpu_usage, get_local_time, set_color
 from torch import nn, optim
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
+from recbole_ssm.layers.precision import rounded_weights
 from recbole_ssm.models.base import PackedRecommender
 
 # On a GPU each look at the loss waits for all work before it, so only every this many steps is it checked for NaN.
@@ -382,7 +384,7 @@ class SequenceTrainer(DurableTraining):
 
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
         self.model.train()
-        self._loss_of = self._shared_loss or loss_func or self.model.calculate_loss
+        self._loss_of = self._shared_loss or loss_func or self._loss
         on_gpu = self.device.type != "cpu"
         description = set_color(f"Train {epoch_idx:>5}", "pink")
         batches = made_ahead(train_data, self._prepared) if on_gpu or self.graphs is not None else train_data
@@ -435,6 +437,12 @@ class SequenceTrainer(DurableTraining):
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
         return terms.detach()
+
+    def _loss(self, batch: Any) -> Any:
+        if not self.enable_amp or not isinstance(self.model, PackedRecommender):
+            return self.model.calculate_loss(batch)
+        module = _Loss(self.model)
+        return functional_call(module, rounded_weights(module, self.amp_dtype), (batch,))
 
     def _update(self) -> None:
         self.scaler.step(self.optimizer)

@@ -30,10 +30,11 @@ def test_known_to_recbole_by_name(model):
     assert getattr(sys.modules["recbole.data.dataset"], model + "Dataset").__name__ == "SequenceDataset"
 
 
-def test_anomaly_detection_stays_off():
+@pytest.mark.parametrize("before", ["", "import recbole.model.sequential_recommender; "])
+def test_anomaly_detection_stays_off(before):
     """RecBole's SINE switches it on when it is imported, for every model in the process."""
     script = (
-        "import torch, recbole_ssm, recbole.utils as u; "
+        f"{before}import torch, recbole_ssm, recbole.utils as u; "
         "u.get_model('SINE'); u.get_model('STARRec'); print(torch.is_anomaly_enabled())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

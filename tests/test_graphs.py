@@ -1,6 +1,7 @@
 """Training by recorded steps: on a CPU a graph that runs its function again stands for one that replays launches."""
 
 import logging
+import re
 import threading
 
 import pytest
@@ -76,7 +77,7 @@ def test_replayed_steps_train_as_plain_ones(monkeypatch, model):
 
 @pytest.mark.parametrize(
     ("graph", "dropout_prob", "reason"),
-    [(OtherDropout, 0.3, "its loss is"), (Stale, 0.0, "its loss is"), (Uncapturable, 0.0, "cannot be captured")],
+    [(OtherDropout, 0.3, "of the plain step|is off by"), (Stale, 0.0, "its loss is"), (Uncapturable, 0.0, "cannot be captured")],
 )
 def test_a_graph_that_is_wrong_is_left_out(monkeypatch, caplog, graph, dropout_prob, reason):
     _, plain = trained(monkeypatch, None, dropout_prob=dropout_prob)
@@ -84,7 +85,7 @@ def test_a_graph_that_is_wrong_is_left_out(monkeypatch, caplog, graph, dropout_p
         trainer, weights = trained(monkeypatch, graph, dropout_prob=dropout_prob)
     (line,) = [record.message for record in caplog.records if "CUDA graph" in record.message]
     assert line.startswith("Training goes on without CUDA graphs")
-    assert reason in line
+    assert re.search(reason, line)
     assert not trainer.graphs.active
     assert trainer.graphs.replays == 0
     if not dropout_prob:  # batches are filled up no longer, and dropout would draw other numbers
