@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,18 +42,23 @@ class CudaGraph:
         self._graph.replay()
 
 
+@dataclass
 class _Recorded:
-    """One shape's graph, the bytes of its batch, and where its loss is."""
+    """One shape's graph, the bytes of its batch, and what it writes: the loss's terms and the gradients."""
 
-    def __init__(self, graph: Any, buffer: Tensor, terms: Tensor):
-        self.graph, self.buffer, self.terms = graph, buffer, terms
+    graph: Any
+    buffer: Tensor
+    terms: Tensor
+    gradients: list[Tensor | None]
+    trusted: bool = False
 
 
 class GraphedSteps:
     """Training steps, plain until a graph of the batch's shape has been captured and found right.
 
     A step is ``backward(batch)``, which leaves the gradients in the parameters and returns the loss's terms, and
-    ``update()``, which changes parameters and the optimizer's state in place.
+    ``update()``, which changes parameters and the optimizer's state in place. The first replay is of another batch than
+    the one that was captured, so that a number of the batch that has got into the graph from the host shows.
 
     Args:
         backward: see above; may not read the device.
@@ -62,6 +68,10 @@ class GraphedSteps:
         precision: dtype of the step's products.
         required: raise where a graph cannot be captured or differs, instead of going on without.
         graph: makes an empty graph.
+
+    Attributes:
+        active: whether graphs are captured and replayed.
+        replays: how many steps were.
     """
 
     def __init__(
@@ -85,82 +95,92 @@ class GraphedSteps:
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
         """Take a step by a batch that lies on the host in one buffer; returns the terms of its loss, ``[n]``."""
-        shape = batch.shape if self.active else None
+        if not self.active:
+            return self._plain(batch.to(self._device))
+        shape = batch.shape
         if shape in self._recorded:
             recorded = self._recorded[shape]
-            recorded.buffer.copy_(batch.buffer, non_blocking=True)
-            recorded.graph.replay()
-            self.replays += 1
-            return recorded.terms
+            return self._replay(recorded, batch) if recorded.trusted else self._compare(recorded, batch)
         self._steps[shape] += 1
-        if self.active and self._steps[shape] > WARM_UP_STEPS and len(self._recorded) < MOST_GRAPHS:
-            return self._record(shape, batch)
-        terms = self._backward(batch.to(self._device))
+        if self._steps[shape] > WARM_UP_STEPS and len(self._recorded) < MOST_GRAPHS:
+            self._capture(shape, batch)
+        return self._plain(batch.to(self._device))
+
+    def _plain(self, batch: SequenceBatch) -> Tensor:
+        terms = self._backward(batch)
         self._update()
         return terms
 
-    def _record(self, shape: Any, batch: SequenceBatch) -> Tensor:
-        """Capture the step and take it, by the graph if that gives what the plain step gives."""
-        on_device = batch.to(self._device)
+    def _replay(self, recorded: _Recorded, batch: SequenceBatch) -> Tensor:
+        recorded.buffer.copy_(batch.buffer, non_blocking=True)
+        recorded.graph.replay()
+        self.replays += 1
+        return recorded.terms
+
+    def _capture(self, shape: Any, batch: SequenceBatch) -> None:
+        buffer = batch.buffer.to(self._device, copy=True)
+        on_device = batch.within(buffer)
+        graph = self._new_graph(self._pool)
+        written: list[Tensor] = []
+
+        def step() -> None:
+            written.append(self._plain(on_device))
+
+        try:
+            graph.capture(step)
+        except RuntimeError as error:
+            self._give_up(f"a step cannot be captured ({str(error).splitlines()[0]})")
+            return
+        gradients = [parameter.grad for parameter in self._parameters()]
+        self._recorded[shape], self._pool = _Recorded(graph, buffer, written[-1], gradients), graph.pool
+
+    def _compare(self, recorded: _Recorded, batch: SequenceBatch) -> Tensor:
+        """Take a step by the graph if that gives what the plain step gives."""
         random = _random_state(self._device)
+        on_device = batch.to(self._device)
         expected = self._backward(on_device)
         gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
-        before = self._state()
-        terms = torch.full_like(expected, math.nan)
-        wrong, recorded = "", None
+        before = [tensor.clone() for tensor in self._changed()]
         _set_random_state(self._device, random)
-        try:
-            graph = self._new_graph(self._pool)
-
-            def step() -> None:
-                terms.copy_(self._backward(on_device))
-                self._update()
-
-            graph.capture(step)
-            graph.replay()
-            wrong = self._difference(expected, terms, gradients)
-            recorded = _Recorded(graph, on_device.buffer, terms)
-        except RuntimeError as error:
-            wrong = f"it cannot be captured ({str(error).splitlines()[0]})"
+        terms = self._replay(recorded, batch)
+        wrong = self._difference(terms, expected, recorded.gradients, gradients)
         if not wrong:
-            self._recorded[shape], self._pool = recorded, graph.pool
+            recorded.trusted = True
             return terms
+        for tensor, old in zip(self._changed(), before, strict=True):
+            tensor.copy_(old)
+        _set_random_state(self._device, random)
+        self._give_up(wrong)
+        return self._plain(on_device)
+
+    def _give_up(self, reason: str) -> None:
         if self._required:
-            raise UserError(f"the CUDA graph of a training step is of no use here: {wrong}; set cuda_graphs: auto.")
+            raise UserError(f"CUDA graphs are of no use here: {reason}; set cuda_graphs: auto.")
         self.active = False
         self._recorded.clear()
-        logging.getLogger().warning(f"Training goes on without CUDA graphs: {wrong}")
-        for now, old in zip(self._tensors(), before, strict=True):
-            now.copy_(old)
-        _set_random_state(self._device, random)
-        terms = self._backward(on_device)
-        self._update()
-        return terms
+        logging.getLogger().warning(f"Training goes on without CUDA graphs: {reason}")
 
-    def _difference(self, expected: Tensor, found: Tensor, gradients: list[Tensor | None]) -> str:
+    def _difference(self, terms: Tensor, expected: Tensor, found: list, gradients: list) -> str:
         """In which respect the replay differs from the plain step; empty where it does not."""
-        if not torch.allclose(found, expected, rtol=self._tolerance, atol=1e-6, equal_nan=True):
-            return f"its loss is {found.tolist()}, that of the plain step {expected.tolist()}"
-        for i, (parameter, gradient) in enumerate(zip(self._parameters(), gradients, strict=True)):
-            if gradient is None or parameter.grad is None:
-                if gradient is not parameter.grad:
-                    return f"only one of the two gives parameter {i} a gradient"
+        if not torch.allclose(terms, expected, rtol=self._tolerance, atol=1e-6, equal_nan=True):
+            return f"a replayed step's loss is {terms.tolist()}, the plain step's {expected.tolist()}"
+        for number, (own, gradient) in enumerate(zip(found, gradients, strict=True)):
+            if own is None or gradient is None:
+                if own is not gradient:
+                    return f"only one of replayed and plain step gives parameter {number} a gradient"
                 continue
-            off, norm = (parameter.grad - gradient).norm(), gradient.norm()
-            if not bool(off <= self._tolerance * norm + 1e-7) and bool(torch.isfinite(norm)):
-                return f"the gradient of parameter {i} is off by {float(off):.3g} at a norm of {float(norm):.3g}"
+            off, norm = float((own - gradient).norm()), float(gradient.norm())
+            if math.isfinite(norm) and not off <= self._tolerance * norm + 1e-7:
+                return f"parameter {number}'s gradient is off by {off:.3g} at a norm of {norm:.3g}"
         return ""
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _tensors(self) -> list[Tensor]:
+    def _changed(self) -> list[Tensor]:
         """What a step changes in place."""
         state = [v for p in self._parameters() for v in self._optimizer.state[p].values() if isinstance(v, Tensor)]
         return [p.data for p in self._parameters()] + state
-
-    def _state(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self._tensors()]
 
 
 def _random_state(device: torch.device) -> Tensor:

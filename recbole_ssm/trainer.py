@@ -395,7 +395,7 @@ class SequenceTrainer(DurableTraining):
             progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
             self._set_learning_rate(self.learning_rate * learning_rate_factor(*self.lr_schedule, progress))
             weight = getattr(batch, "weight", 1.0)
-            if self.graphs is not None and isinstance(batch, SequenceBatch):
+            if self.graphs is not None and getattr(batch, "target_weights", None) is not None:
                 terms = self.graphs(batch)
             else:
                 # RecBole's rows for our models stay on the host, to be packed there.
@@ -420,7 +420,9 @@ class SequenceTrainer(DurableTraining):
         if not isinstance(batch, SequenceBatch):
             return batch
         if self.graphs is not None and self.graphs.active:
-            batch = batch.filled(self.config["MAX_ITEM_LIST_LENGTH"])
+            filled = batch.filled(self.config["MAX_ITEM_LIST_LENGTH"])
+            if not isinstance(self.model, PackedRecommender) or self.model.in_one_block(filled):
+                batch = filled
         return batch.in_one_buffer(pinned=torch.cuda.is_available())
 
     def _backward(self, batch: Any, weight: float = 1.0) -> torch.Tensor:

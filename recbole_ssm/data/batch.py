@@ -62,9 +62,10 @@ class SequenceBatch:
         return len(self.targets)
 
     @property
-    def shape(self) -> tuple[tuple[str, torch.dtype, torch.Size], ...]:
-        """What two batches share that fit one CUDA graph."""
-        return tuple((name, tensor.dtype, tensor.shape) for name, tensor in self._tensors().items())
+    def shape(self) -> tuple:
+        """All that a step by a filled batch depends on but for its numbers: what a CUDA graph is made for."""
+        tensors = ((name, tensor.dtype, tensor.shape) for name, tensor in self._tensors().items())
+        return self.last, borders(self.cu_seqlens).room, *tensors
 
     def filled(self, longest: int) -> "SequenceBatch":
         """The same batch in one of a few shapes; what is added counts nothing.

@@ -27,7 +27,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def rounded_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights that ``model`` only multiplies by, by their names, in ``dtype``; for :func:`torch.func.functional_call`.
+    """The weights that ``model`` only multiplies by, by their names, in ``dtype`` (:func:`torch.func.functional_call`).
 
     Those of linear layers and of experts, but no bias: the step size's is no summand of a product.
     """

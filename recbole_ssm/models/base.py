@@ -200,6 +200,11 @@ class PackedRecommender(SequentialRecommender):
         hidden = [self._encode_block(part) for part in blocks]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
+    def in_one_block(self, batch: SequenceBatch) -> bool:
+        """Whether all of a batch is encoded at once: how it is cut otherwise depends on its lengths."""
+        rows = self.items_read(borders(batch.cu_seqlens).lengths)
+        return not batch.last or int(rows.sum()) <= ITEMS_PER_BLOCK["cuda"]
+
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """How many items the model works on for rows of these lengths, ``[B]``."""
         return item_seq_len

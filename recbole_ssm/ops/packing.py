@@ -58,11 +58,16 @@ def rows(packed: Tensor, read: Tensor | None) -> Tensor:
     return packed if read is None else packed.index_select(0, read)
 
 
+@lru_cache(maxsize=None)  # never let go: a CUDA graph goes on reading what it was captured with
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def single_rows(count: int, device: torch.device) -> Tensor:
     """Borders of ``count`` sequences of one row each, int32 ``[count+1]``; not to be written to."""
-    cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device)
+    cu_seqlens = _numbers(1 << count.bit_length(), device)[: count + 1]
     know(cu_seqlens, Borders(torch.ones(count, dtype=torch.int64), device))
     return cu_seqlens
 
