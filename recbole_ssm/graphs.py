@@ -112,13 +112,13 @@ class GraphedSteps:
         return terms
 
     def _replay(self, recorded: _Recorded, batch: SequenceBatch) -> Tensor:
-        recorded.buffer.copy_(batch.buffer, non_blocking=True)
+        recorded.buffer.copy_(batch.bytes, non_blocking=True)
         recorded.graph.replay()
         self.replays += 1
         return recorded.terms
 
     def _capture(self, shape: Any, batch: SequenceBatch) -> None:
-        buffer = batch.buffer.to(self._device, copy=True)
+        buffer = batch.bytes.to(self._device, copy=True)
         on_device = batch.within(buffer)
         graph = self._new_graph(self._pool)
         written: list[Tensor] = []

@@ -1,6 +1,7 @@
 """The batch that models work on."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class SequenceBatch:
             begin, stop = stop, stop + count
             cu_seqlens = self.cu_seqlens[begin : stop + 1] - self.cu_seqlens[begin]
             know(cu_seqlens, Borders(of_part, cu_seqlens.device))
-            own = {
+            own: dict[str, Any] = {
                 name: value[begin:stop]
                 for name in ("target_rows", "targets", "negatives", "target_weights")
                 if (value := getattr(self, name)) is not None
@@ -156,7 +157,7 @@ class SequenceBatch:
     def within(self, buffer: Tensor) -> "SequenceBatch":
         """A batch of this one's shape whose tensors are views of ``buffer``, whatever that holds now."""
         views = self._views(buffer)
-        own = {f.name: views.pop(f.name) for f in fields(self) if f.name in views}
+        own: dict[str, Any] = {f.name: views.pop(f.name) for f in fields(self) if f.name in views}
         batch = replace(self, **own, buffer=buffer)
         known = borders(self.cu_seqlens)
         know(batch.cu_seqlens, Borders(known.lengths, buffer.device, views, known.room))
@@ -167,8 +168,14 @@ class SequenceBatch:
         device = torch.device(device)
         if device.type == "cpu":
             return self
-        batch = self if self.buffer is not None else self.in_one_buffer(pinned=False)
-        return batch.within(batch.buffer.to(device, non_blocking=True))
+        batch = self if self.buffer is not None else self.in_one_buffer(pinned=torch.cuda.is_available())
+        return batch.within(batch.bytes.to(device, non_blocking=True))
+
+    @property
+    def bytes(self) -> Tensor:
+        """The ``buffer`` of a batch that has one."""
+        assert self.buffer is not None, "the batch was not laid out by in_one_buffer"
+        return self.buffer
 
 
 def _longer(tensor: Tensor, count: int) -> Tensor:

@@ -31,7 +31,7 @@ def rounded_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
     Those of linear layers and of experts, but no bias: the step size's is no summand of a product.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         names = ["weight"] if isinstance(module, nn.Linear) else []
         if isinstance(module, MixtureOfExperts):
