@@ -1,5 +1,7 @@
 """What the Triton kernels of all ops share."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,9 +11,30 @@ from torch.backends import cuda
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def tuned(configs: list[triton.Config], key: list[str]):
-    """Time ``configs`` once for each value of ``key``, and keep the fastest; under the interpreter take the first."""
-    return triton.autotune(configs[:1] if INTERPRETED.value else configs, key)
+# Most rows of the left operand of a product of blocks. From 64 rows and 4 warps on, Triton takes Hopper's warp-group
+# products (wgmma), and 3.6 to 3.7 address their shared memory wrongly where blocks are small: an illegal access
+# (triton-lang/triton issues 11366, 10486, 10573, 10629). With 32 it takes the older mma.sync, on every GPU.
+MOST_ROWS = tl.constexpr(32)
+
+
+def tuned(key: list[str], launches: Sequence[tuple[int, int]], **blocks: int):
+    """Time a kernel once for each value of ``key`` and kind of launch, and keep the fastest, on disk, too.
+
+    Args:
+        key: arguments of the kernel; dtypes count by themselves.
+        launches: numbers of warps and of stages to choose among; under the interpreter the first is taken.
+        blocks: rows of the blocks that the launch does not set, by the kernel's name for them.
+
+    Raises:
+        ValueError: for a block of more than :data:`MOST_ROWS` rows.
+    """
+    for name, size in blocks.items():
+        if size > MOST_ROWS.value:
+            raise ValueError(f"{name} is {size}, but blocks of more than {MOST_ROWS.value} rows are not sound")
+    configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for warps, stages in launches]
+    if INTERPRETED.value:
+        return triton.autotune(configs[:1], key)
+    return triton.autotune(configs, key, cache_results=True)
 
 
 def dot_precision() -> str:
@@ -43,11 +66,11 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows_per_block(n_rows: int, n_sequences: int) -> int:
-    """Rows of a sequence worked on together, 16 to 64.
+    """Rows of a sequence worked on together, 16 to :data:`MOST_ROWS`.
 
     Short sequences leave most of a long block empty; products of matrices start at 16 rows.
     """
-    return max(16, min(64, triton.next_power_of_2(-(-n_rows // max(1, n_sequences)))))
+    return max(16, min(MOST_ROWS.value, triton.next_power_of_2(-(-n_rows // max(1, n_sequences)))))
 
 
 def columns_per_block(width: int) -> int:
@@ -56,17 +79,17 @@ def columns_per_block(width: int) -> int:
 
 
 @triton.jit
-def load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``[rows, BLOCK]``: columns ``offset`` to ``offset + WIDTH`` of the rows ``t``, zeros elsewhere."""
-    column = tl.arange(0, BLOCK)
+def load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr, start=0):
+    """``[rows, BLOCK]``: of the ``WIDTH`` columns at ``offset`` those from ``start`` on, in the rows ``t``; zeros elsewhere."""
+    column = start + tl.arange(0, BLOCK)
     inside = real[:, None] & (column < WIDTH)[None, :]
     return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(matrix, t, real, stride, offset, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(matrix, t, real, stride, offset, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr, start=0):
     """Write what :func:`load_rows` would read, in the matrix's dtype."""
-    column = tl.arange(0, BLOCK)
+    column = start + tl.arange(0, BLOCK)
     inside = real[:, None] & (column < WIDTH)[None, :]
     place = t[:, None] * stride + offset + column[None, :]
     tl.store(matrix + place, value.to(matrix.dtype.element_ty), mask=inside)
@@ -74,7 +97,8 @@ def store_rows(matrix, t, real, stride, offset, value, WIDTH: tl.constexpr, BLOC
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """Product of two blocks of one dtype, summed in float32."""
+    """Product of two blocks of one dtype, summed in float32; the first has at most :data:`MOST_ROWS` rows."""
+    tl.static_assert(a.shape[0] <= MOST_ROWS, "a product of so many rows is not sound on every GPU")
     tl.static_assert(a.dtype == b.dtype, "a product needs operands of one dtype")
     if INTERPRETED:  # NumPy has no bfloat16; a product of two is exact in float32
         a, b = a.to(tl.float32), b.to(tl.float32)

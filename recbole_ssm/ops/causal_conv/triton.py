@@ -51,12 +51,12 @@ def _forward(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_weight(
-    x, weight, bias, positions, grad_y, grad_sum, grad_weight, grad_bias, n_rows, n_channels, x_stride, y_stride,
+    x, weight, bias, positions, grad_y, grad_sum, shares, n_rows, n_channels, x_stride, y_stride,
     SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the weighted sum, and this tile's share of the gradients of weight and bias."""
+    """Gradient of the weighted sum, and this tile's share of the gradients of weight and, after that, bias."""
     t, d, real, here = _tile(n_rows, n_channels, ROWS, CHANNELS)
-    block = tl.program_id(0).to(tl.int64)
+    shares += tl.program_id(0).to(tl.int64) * n_channels * (K + 1)
     position = tl.load(positions + t, mask=real, other=0)
     inside = real[:, None] & here[None, :]
     g = tl.load(grad_y + t[:, None] * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -68,10 +68,9 @@ def _backward_weight(
     for back in tl.static_range(K):
         seen = (real & (position >= back))[:, None] & here[None, :]
         value = tl.load(x + (t - back)[:, None] * x_stride + d[None, :], mask=seen, other=0.0).to(tl.float32)
-        place = (block * n_channels + d) * K + (K - 1 - back)
-        tl.store(grad_weight + place, tl.sum(g * value, 0), mask=here)
-    if grad_bias is not None:
-        tl.store(grad_bias + block * n_channels + d, tl.sum(g, 0), mask=here)
+        tl.store(shares + d * K + (K - 1 - back), tl.sum(g * value, 0), mask=here)
+    if bias is not None:
+        tl.store(shares + n_channels * K + d, tl.sum(g, 0), mask=here)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -117,17 +116,17 @@ class _CausalConv(torch.autograd.Function):
         grad_y = rows(grad_y)
         grad_sum = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.silu else grad_y
         grad_x = x.new_empty(x.shape)
-        grad_weight = x.new_empty(ctx.grid[0], *weight.shape, dtype=torch.float32)
-        grad_bias = None if bias is None else x.new_empty(ctx.grid[0], n_channels, dtype=torch.float32)
+        shares = x.new_empty(ctx.grid[0], n_channels * (taps + 1), dtype=torch.float32)
         if n_rows:
             _backward_weight[ctx.grid](
-                x, weight, bias, positions, grad_y, grad_sum, grad_weight, grad_bias,
+                x, weight, bias, positions, grad_y, grad_sum, shares,
                 n_rows, n_channels, x.stride(0), grad_y.stride(0), ctx.silu, taps, ROWS, CHANNELS,
             )  # fmt: skip
             _backward_input[ctx.grid](
                 grad_sum, weight, positions, grad_x, n_rows, n_channels, grad_sum.stride(0), taps, ROWS, CHANNELS
             )  # fmt: skip
-        return grad_x, grad_weight.sum(0), None if bias is None else grad_bias.sum(0), None, None
+        grad_weight, grad_bias = shares.sum(0).split([n_channels * taps, n_channels])
+        return grad_x, grad_weight.view(weight.shape), None if bias is None else grad_bias, None, None
 
 
 def causal_conv_triton(

@@ -70,16 +70,16 @@ def preference_attention(
     last_only = queries == "last"
     chosen = choose("preference_attention", backend, q)
     # Scores, cosines and softmax are taken in float32 whatever the dtype of the activations.
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scaled_q = q.to(compute) * (score_weight.to(compute)[:, None] / q.shape[2] ** 0.5)
-    direction = F.normalize(feature.to(compute), dim=-1)
-    w2, tau = similarity_weight.to(compute), threshold.to(compute)
     if chosen == "triton":
         from recbole_ssm.ops.preference_attention.triton import preference_attention_triton
 
         return preference_attention_triton(
-            scaled_q.to(q.dtype), k, v, direction, w2, tau, cu_seqlens, window, last_only
+            q, k, v, feature, score_weight, similarity_weight, threshold, cu_seqlens, window, last_only
         )
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scaled_q = q.to(compute) * (score_weight.to(compute)[:, None] / q.shape[2] ** 0.5)
+    direction = F.normalize(feature.to(compute), dim=-1)
+    w2, tau = similarity_weight.to(compute), threshold.to(compute)
     k, v = k.to(compute), v.to(compute)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "cpu":

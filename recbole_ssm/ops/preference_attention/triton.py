@@ -1,8 +1,13 @@
 """Preference-aware attention on a GPU: Triton kernels that never write the score matrices out.
 
 The tiled softmax of FlashAttention (arXiv 2205.14135, algorithm 1; its backward pass, algorithm 4), with a second
-product of blocks, the cosines, beside that of queries and keys. Queries are the last rows of their sequences, as many
-as there are: all of them or only the last.
+product of blocks, the cosines, beside that of queries and keys. Queries are the last rows of their sequences: all of
+them or only the last, where a block holds the one query of its sequence.
+
+Features may be as wide as the model. They are read :data:`TILE` columns at a time, and where they are wider, a program
+of the backward kernels takes the gradient of one tile: the first also those of queries, keys and values. They are made
+unit vectors here: with ``d_i`` the direction of feature ``i`` and ``g_ij`` the gradient of the cosine of ``i`` and
+``j``, the gradient of feature ``i`` is ``sum_j g_ij (d_j - cos_ij d_i) / |f_i|``, in which no other tile appears.
 """
 
 import torch
@@ -22,76 +27,123 @@ from recbole_ssm.ops.kernels import (
     store_rows,
     tuned,
 )  # fmt: skip
-from recbole_ssm.ops.packing import borders, last_rows, single_rows
+from recbole_ssm.ops.packing import borders
+
+TILE = 64
+STEP = tl.constexpr(32)  # columns read at a time where features are wider than a tile
+ONE_QUERY = 16  # rows of a block that holds one: products start there
 
 # Finite, so that a row which has seen nothing yet does not subtract infinity from itself.
 LOWEST = tl.constexpr(-1e30)
+# Below it a norm counts as this, as torch's normalize has it.
+SHORTEST = tl.constexpr(1e-12)
 
-
-def _configs(block: str) -> list[triton.Config]:
-    # The first needs the least shared memory.
-    sizes = ((32, 4, 1), (64, 8, 2))
-    return [triton.Config({block: size}, num_warps=warps, num_stages=stages) for size, warps, stages in sizes]
+# The first needs the least shared memory.
+LAUNCHES = ((4, 1), (8, 2))
+SHAPE = ["P", "E", "QUERIES", "KEYS", "LAST"]
 
 
 @triton.jit
-def _span(cu_queries, cu_keys, sequences, starts, SIZE: tl.constexpr):
-    """The program's block of rows within its sequence, and where the sequence's queries and keys begin and how many."""
+def _block(cu_seqlens, sequences, starts, SIZE: tl.constexpr):
+    """The program's sequence, where it begins, its length, and the first of the program's rows, counted from there.
+
+    Without tables a program's rows are the last of its sequence.
+    """
     block = tl.program_id(0)
-    sequence = tl.load(sequences + block).to(tl.int64)
-    q_begin, k_begin = tl.load(cu_queries + sequence).to(tl.int64), tl.load(cu_keys + sequence).to(tl.int64)
-    q_count = (tl.load(cu_queries + sequence + 1) - q_begin).to(tl.int32)
-    k_count = (tl.load(cu_keys + sequence + 1) - k_begin).to(tl.int32)
-    first = (block - tl.load(starts + sequence)) * SIZE
-    return q_begin, q_count, k_begin, k_count, first
+    sequence = block.to(tl.int64)
+    if sequences is not None:
+        sequence = tl.load(sequences + block).to(tl.int64)
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    count = (tl.load(cu_seqlens + sequence + 1) - begin).to(tl.int32)
+    first = count - 1
+    if sequences is not None:
+        first = (block - tl.load(starts + sequence)) * SIZE
+    return sequence, begin, count, first
+
+
+# Rows of a block are counted from its first, at which the pointers stand: so their offsets fit 32 bits.
+
+
+@triton.jit
+def _inverse_norms(norms, row, real, n_metrics):
+    return 1.0 / tl.maximum(tl.load(norms + row * n_metrics, mask=real, other=1.0), SHORTEST)
+
+
+@triton.jit
+def _products(
+    tile_q, tile_k, q_features, k_features, i, j, asked, there, stride,
+    E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries' and keys' features, ``[queries, keys]``; one tile is all of narrow ones."""
+    if E <= TILE:
+        return dot(tile_q, tl.trans(tile_k), PRECISION)
+    products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, E, STEP):
+        of_q = load_rows(q_features, i, asked, stride, 0, E, STEP, start)
+        of_k = load_rows(k_features, j, there, stride, 0, E, STEP, start)
+        products += dot(of_q, tl.trans(of_k), PRECISION)
+    return products
 
 
 @triton.jit
 def _logits(
-    q, k, fq, fk, position, j, real, w2, threshold, WINDOW: tl.constexpr, PRECISION: tl.constexpr
+    q, k, cosine, position, j, real, scale, w2, threshold, WINDOW: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Logits, -inf where a query does not see a key; cosines; where these exceed the threshold: ``[queries, keys]``."""
-    cosine = dot(fq, tl.trans(fk), PRECISION)
+    """Logits, -inf where a query does not see a key, and where cosines exceed the threshold: ``[queries, keys]``."""
     above = cosine > threshold
-    logits = dot(q, tl.trans(k), PRECISION) + tl.where(above, w2 * cosine, 0.0)
+    logits = scale * dot(q, tl.trans(k), PRECISION) + tl.where(above, w2 * cosine, 0.0)
     seen = real & (j[None, :] <= position[:, None])
     if WINDOW is not None:
         seen = seen & (position[:, None] - j[None, :] < WINDOW)
-    return tl.where(seen, logits, float("-inf")), cosine, above
+    return tl.where(seen, logits, float("-inf")), above
 
 
-@tuned(_configs("KEYS"), ["P", "E", "QUERIES"])
+@triton.jit
+def _weights(score_weight, similarity_weight, thresholds, h, P: tl.constexpr):
+    """The head's ``w1 / sqrt(P)``, ``w2`` and threshold."""
+    scale = tl.load(score_weight + h).to(tl.float32) * P**-0.5
+    return scale, tl.load(similarity_weight + h).to(tl.float32), tl.load(thresholds + h).to(tl.float32)
+
+
+@tuned(SHAPE, LAUNCHES, KEYS=32)
 @triton.jit
 def _forward(
-    q, k, v, fq, fk, similarity_weight, thresholds, cu_queries, cu_keys, sequences, starts, out, log_sums,
-    n_heads, n_metrics, q_stride, k_stride, v_stride, fq_stride, fk_stride,
-    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, out, log_sums,
+    n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride,
+    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
     metric = tl.minimum(h, n_metrics - 1)
-    q_begin, q_count, k_begin, k_count, first = _span(cu_queries, cu_keys, sequences, starts, QUERIES)
-    w2, threshold = tl.load(similarity_weight + h), tl.load(thresholds + h)
-    i = first + tl.arange(0, QUERIES)
-    asked = i < q_count
-    position = k_count - q_count + i
-    queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-    q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
+    feature, norms = feature + metric * E, norms + metric
+    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, QUERIES)
+    scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
+    i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    position = first + i
+    asked = (position >= 0) & (position < count)
+    asking = begin + first
+    queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
+    tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE)
+    inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
     highest = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     context = tl.zeros([QUERIES, BLOCK_P], tl.float32)
-    begin = 0
-    if WINDOW is not None:
-        begin = tl.maximum(0, k_count - q_count + first - WINDOW + 1)
-    end = k_count - q_count + tl.minimum(first + QUERIES, q_count)
-    for start in range(begin, end, KEYS):
-        j = start + tl.arange(0, KEYS)
-        there = j < k_count
-        keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-        k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-        values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
-        logits, _cosine, _above = _logits(
-            queries, keys, q_features, k_features, position, j, there[None, :], w2, threshold, WINDOW, PRECISION
+    earliest = 0 if WINDOW is None else tl.maximum(0, first - WINDOW + 1)
+    end = tl.where(first < count, tl.minimum(first + QUERIES, count), 0)
+    for start in range(earliest, end, KEYS):
+        there = start + j < count
+        at = begin + start
+        keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
+        values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
+        tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE)
+        inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
+        products = _products(
+            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
+            feature_stride, E, TILE, PRECISION,
+        )  # fmt: skip
+        cosine = products * inverse_q[:, None] * inverse_k[None, :]
+        logits, _above = _logits(
+            queries, keys, cosine, position, start + j, there[None, :], scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
         now = tl.maximum(highest, tl.max(logits, 1))
         weights = tl.exp(logits - now[:, None])
@@ -100,179 +152,245 @@ def _forward(
         context = context * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         highest = now
     total = tl.where(asked, total, 1.0)
-    store_rows(out, q_begin + i, asked, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
-    tl.store(log_sums + (q_begin + i) * n_heads + h, highest + tl.log(total), mask=asked)
+    if LAST:
+        # The output of a sequence without rows is 0.
+        asking, asked = sequence, i == 0
+    store_rows(out + asking * n_heads * P, i, asked, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
+    tl.store(log_sums + (asking + i) * n_heads + h, highest + tl.log(total), mask=asked)
 
 
-@tuned(_configs("KEYS"), ["P", "E", "QUERIES"])
+@tuned(SHAPE, LAUNCHES, KEYS=32)
 @triton.jit
 def _backward_queries(
-    q, k, v, fq, fk, similarity_weight, thresholds, cu_queries, cu_keys, sequences, starts,
-    log_sums, grad_out, deltas, grad_q, grad_fq, grad_weight,
-    n_heads, n_metrics, q_stride, k_stride, v_stride, fq_stride, fk_stride, out_stride,
-    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, out, log_sums,
+    grad_out, deltas, grad_q, grad_feature, grad_weights,
+    n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride, out_stride,
+    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of queries and of their features, this block's share of the weights', and ``deltas``.
+
+    A row's delta is the sum over keys of each weight times its gradient, or the product of output and its gradient.
+    """
     h = tl.program_id(1)
+    column = tl.program_id(2) * TILE
     metric = tl.minimum(h, n_metrics - 1)
-    q_begin, q_count, k_begin, k_count, first = _span(cu_queries, cu_keys, sequences, starts, QUERIES)
-    w2, threshold = tl.load(similarity_weight + h), tl.load(thresholds + h)
-    i = first + tl.arange(0, QUERIES)
-    asked = i < q_count
-    position = k_count - q_count + i
-    queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-    q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
-    of_out = load_rows(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
-    log_sum = tl.load(log_sums + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
-    delta = tl.load(deltas + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
+    feature, norms = feature + metric * E, norms + metric
+    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, QUERIES)
+    scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
+    i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    position = first + i
+    asked = (position >= 0) & (position < count)
+    asking = begin + first
+    told = sequence if LAST else asking
+    queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
+    tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE, column)
+    inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
+    of_out = load_rows(grad_out + told * out_stride, i, asked, out_stride, h * P, P, BLOCK_P)
+    context = load_rows(out + told * n_heads * P, i, asked, n_heads * P, h * P, P, BLOCK_P)
+    # Taken as the products with values are, so that where one key is seen alone their difference is exactly 0.
+    delta = tl.sum(tl.where(i[:, None] == i[None, :], dot(of_out, tl.trans(context), PRECISION), 0.0), 1)
+    log_sum = tl.load(log_sums + (told + i) * n_heads + h, mask=asked, other=0.0)
     of_queries = tl.zeros([QUERIES, BLOCK_P], tl.float32)
-    of_features = tl.zeros([QUERIES, BLOCK_E], tl.float32)
-    of_weight = tl.zeros([QUERIES], tl.float32)
-    begin = 0
-    if WINDOW is not None:
-        begin = tl.maximum(0, k_count - q_count + first - WINDOW + 1)
-    end = k_count - q_count + tl.minimum(first + QUERIES, q_count)
-    for start in range(begin, end, KEYS):
-        j = start + tl.arange(0, KEYS)
-        there = j < k_count
-        keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-        k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-        values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
-        logits, cosine, above = _logits(
-            queries, keys, q_features, k_features, position, j, there[None, :], w2, threshold, WINDOW, PRECISION
+    of_similarity = tl.zeros([QUERIES], tl.float32)
+    of_directions = tl.zeros([QUERIES, TILE], tl.float32)
+    earliest = 0 if WINDOW is None else tl.maximum(0, first - WINDOW + 1)
+    end = tl.where(first < count, tl.minimum(first + QUERIES, count), 0)
+    for start in range(earliest, end, KEYS):
+        there = start + j < count
+        at = begin + start
+        keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
+        values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
+        tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE, column)
+        inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
+        products = _products(
+            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
+            feature_stride, E, TILE, PRECISION,
+        )  # fmt: skip
+        cosine = products * inverse_q[:, None] * inverse_k[None, :]
+        logits, above = _logits(
+            queries, keys, cosine, position, start + j, there[None, :], scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
         of_weights = dot(of_out, tl.trans(values), PRECISION)
         of_logits = tl.exp(logits - log_sum[:, None]) * (of_weights - delta[:, None])
         of_queries += dot(of_logits.to(keys.dtype), keys, PRECISION)
-        of_weight += tl.sum(tl.where(above, of_logits * cosine, 0.0), 1)
-        of_cosine = tl.where(above, of_logits * w2, 0.0)
-        of_features += dot(of_cosine, k_features, PRECISION)
-    store_rows(grad_q, q_begin + i, asked, n_heads * P, h * P, of_queries, P, BLOCK_P)
-    store_rows(grad_fq, q_begin + i, asked, n_heads * E, h * E, of_features, E, BLOCK_E)
-    tl.store(grad_weight + (q_begin + i) * n_heads + h, of_weight, mask=asked)
+        of_similarity += tl.sum(tl.where(above, of_logits * cosine, 0.0), 1)
+        if grad_feature is not None:
+            of_cosine = tl.where(above, of_logits * w2, 0.0) * inverse_k[None, :]
+            of_directions += dot(of_cosine.to(tile_k.dtype), tile_k, PRECISION)
+    if grad_feature is not None:
+        along = w2 * of_similarity * inverse_q
+        of_features = (of_directions - along[:, None] * tile_q.to(tl.float32)) * inverse_q[:, None]
+        grad_feature += asking * n_heads * E + h * E
+        store_rows(grad_feature, i, asked, n_heads * E, 0, of_features, E, TILE, column)
+    if column == 0:
+        store_rows(grad_q + asking * n_heads * P, i, asked, n_heads * P, h * P, scale * of_queries, P, BLOCK_P)
+        tl.store(deltas + (told + i) * n_heads + h, delta, mask=asked)
+        share = grad_weights + tl.program_id(0).to(tl.int64) * n_heads + h
+        tl.store(share, tl.sum(of_queries * queries.to(tl.float32)) * P**-0.5)
+        tl.store(share + tl.num_programs(0).to(tl.int64) * n_heads, tl.sum(of_similarity, 0))
 
 
-@tuned(_configs("QUERIES"), ["P", "E", "KEYS"])
+@tuned(SHAPE, LAUNCHES, QUERIES=32)
 @triton.jit
 def _backward_keys(
-    q, k, v, fq, fk, similarity_weight, thresholds, cu_queries, cu_keys, sequences, starts,
-    log_sums, grad_out, deltas, grad_k, grad_v, grad_fk,
-    n_heads, n_metrics, q_stride, k_stride, v_stride, fq_stride, fk_stride, out_stride,
-    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, log_sums,
+    grad_out, deltas, of_queries, grad_q, grad_k, grad_v, grad_feature,
+    n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride, out_stride,
+    P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of keys and values, and of features, with ``of_queries``, what these gave as features of queries."""
     h = tl.program_id(1)
+    column = tl.program_id(2) * TILE
     metric = tl.minimum(h, n_metrics - 1)
-    q_begin, q_count, k_begin, k_count, first = _span(cu_queries, cu_keys, sequences, starts, KEYS)
-    w2, threshold = tl.load(similarity_weight + h), tl.load(thresholds + h)
-    j = first + tl.arange(0, KEYS)
-    there = j < k_count
-    keys = load_rows(k, k_begin + j, there, k_stride, h * P, P, BLOCK_P)
-    k_features = load_rows(fk, k_begin + j, there, fk_stride, metric * E, E, BLOCK_E)
-    values = load_rows(v, k_begin + j, there, v_stride, h * P, P, BLOCK_P)
+    feature, norms = feature + metric * E, norms + metric
+    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, KEYS)
+    scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
+    i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    there = first + j < count
+    at = begin + first
+    keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
+    values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
+    tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE, column)
+    inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
     of_keys = tl.zeros([KEYS, BLOCK_P], tl.float32)
     of_values = tl.zeros([KEYS, BLOCK_P], tl.float32)
-    of_features = tl.zeros([KEYS, BLOCK_E], tl.float32)
-    begin = tl.maximum(0, first - (k_count - q_count))
-    end = q_count
-    if WINDOW is not None:
-        end = tl.minimum(end, first + KEYS + WINDOW - 1 - (k_count - q_count))
-    for start in range(begin, end, QUERIES):
-        i = start + tl.arange(0, QUERIES)
-        asked = i < q_count
-        position = k_count - q_count + i
-        queries = load_rows(q, q_begin + i, asked, q_stride, h * P, P, BLOCK_P)
-        q_features = load_rows(fq, q_begin + i, asked, fq_stride, metric * E, E, BLOCK_E)
-        of_out = load_rows(grad_out, q_begin + i, asked, out_stride, h * P, P, BLOCK_P)
-        log_sum = tl.load(log_sums + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
-        delta = tl.load(deltas + (q_begin + i) * n_heads + h, mask=asked, other=0.0)
+    of_directions = tl.zeros([KEYS, TILE], tl.float32)
+    along = tl.zeros([KEYS], tl.float32)
+    earliest = tl.maximum(first, count - 1) if LAST else first
+    end = count if WINDOW is None else tl.minimum(count, first + KEYS + WINDOW - 1)
+    for start in range(earliest, end, QUERIES):
+        position = start + i
+        asked = position < count
+        asking = begin + start
+        told = sequence if LAST else asking
+        queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
+        tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE, column)
+        inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
+        of_out = load_rows(grad_out + told * out_stride, i, asked, out_stride, h * P, P, BLOCK_P)
+        log_sum = tl.load(log_sums + (told + i) * n_heads + h, mask=asked, other=0.0)
+        delta = tl.load(deltas + (told + i) * n_heads + h, mask=asked, other=0.0)
+        products = _products(
+            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
+            feature_stride, E, TILE, PRECISION,
+        )  # fmt: skip
+        cosine = products * inverse_q[:, None] * inverse_k[None, :]
         real = asked[:, None] & there[None, :]
-        logits, _cosine, above = _logits(
-            queries, keys, q_features, k_features, position, j, real, w2, threshold, WINDOW, PRECISION
+        logits, above = _logits(
+            queries, keys, cosine, position, first + j, real, scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
         weights = tl.exp(logits - log_sum[:, None])
         of_values += dot(tl.trans(weights.to(of_out.dtype)), of_out, PRECISION)
         of_logits = weights * (dot(of_out, tl.trans(values), PRECISION) - delta[:, None])
         of_keys += dot(tl.trans(of_logits.to(queries.dtype)), queries, PRECISION)
-        of_cosine = tl.where(above, of_logits * w2, 0.0)
-        of_features += dot(tl.trans(of_cosine), q_features, PRECISION)
-    store_rows(grad_k, k_begin + j, there, n_heads * P, h * P, of_keys, P, BLOCK_P)
-    store_rows(grad_v, k_begin + j, there, n_heads * P, h * P, of_values, P, BLOCK_P)
-    store_rows(grad_fk, k_begin + j, there, n_heads * E, h * E, of_features, E, BLOCK_E)
+        if grad_feature is not None:
+            of_cosine = tl.where(above, of_logits * w2, 0.0)
+            along += tl.sum(of_cosine * cosine, 0)
+            of_cosine = tl.trans((of_cosine * inverse_q[:, None]).to(tile_q.dtype))
+            of_directions += dot(of_cosine, tile_q, PRECISION)
+    if grad_feature is not None:
+        of_features = (of_directions - (along * inverse_k)[:, None] * tile_k.to(tl.float32)) * inverse_k[:, None]
+        asks = first + j == count - 1 if LAST else there
+        place = at * n_heads * E + h * E
+        of_features += load_rows(of_queries + place, j, asks, n_heads * E, 0, E, TILE, column)
+        store_rows(grad_feature + place, j, there, n_heads * E, 0, of_features, E, TILE, column)
+    if column == 0:
+        place, row = at * n_heads * P, n_heads * P
+        store_rows(grad_k + place, j, there, row, h * P, scale * of_keys, P, BLOCK_P)
+        store_rows(grad_v + place, j, there, row, h * P, of_values, P, BLOCK_P)
+        if LAST:
+            silent = first + j < count - 1
+            store_rows(grad_q + place, j, silent, row, h * P, tl.zeros([KEYS, BLOCK_P], tl.float32), P, BLOCK_P)
 
 
 class _PreferenceAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, fq, fk, similarity_weight, threshold, cu_queries, cu_keys, window):
-        q, k, v, fq, fk = (rows(t) for t in (q, k, v, fq, fk))
-        (n_queries, n_heads, width), (n_metrics, size) = q.shape, fq.shape[1:]
-        out = q.new_empty(q.shape)
-        log_sums = q.new_empty(n_queries, n_heads, dtype=torch.float32)
-        sizes = {
-            "P": width, "E": size, "BLOCK_P": columns_per_block(width),
-            "BLOCK_E": columns_per_block(size), "WINDOW": window, "PRECISION": dot_precision(),
+    def forward(ctx, q, k, v, feature, score_weight, similarity_weight, threshold, cu_seqlens, window, last):
+        q, k, v, feature = (rows(t) for t in (q, k, v, feature))
+        (n_rows, n_heads, width), (n_metrics, size) = q.shape, feature.shape[1:]
+        n_sequences = len(cu_seqlens) - 1
+        block = rows_per_block(n_rows, n_sequences)
+        tables = borders(cu_seqlens).chunks(block)
+        out = q.new_empty(n_sequences if last else n_rows, n_heads, width)
+        log_sums = q.new_empty(out.shape[:2], dtype=torch.float32)
+        inputs = {
+            "q": q, "k": k, "v": v, "feature": feature,
+            "norms": torch.linalg.vector_norm(feature, dim=-1, dtype=torch.float32),
+            "score_weight": score_weight, "similarity_weight": similarity_weight, "thresholds": threshold,
+            "cu_seqlens": cu_seqlens,
         }  # fmt: skip
-        tensors = (q, k, v, fq, fk, similarity_weight, threshold, cu_queries, cu_keys)
-        strides = (n_heads, n_metrics, *(t.stride(0) for t in (q, k, v, fq, fk)))
-        if n_queries:
-            block = rows_per_block(n_queries, len(cu_queries) - 1)
-            sequences, starts = borders(cu_queries).chunks(block)
-            _forward[len(sequences), n_heads](
-                *tensors, sequences, starts, out, log_sums, *strides, **sizes, QUERIES=block
-            )  # fmt: skip
-        ctx.save_for_backward(*tensors, out, log_sums)
-        ctx.sizes, ctx.strides = sizes, strides
+        # The kernels over queries; without tables where there is one query a sequence.
+        by_query = {
+            "sequences": None if last else tables[0], "starts": None if last else tables[1],
+            "QUERIES": ONE_QUERY if last else block,
+        }  # fmt: skip
+        sizes = {
+            "n_heads": n_heads, "n_metrics": n_metrics, "q_stride": q.stride(0), "k_stride": k.stride(0),
+            "v_stride": v.stride(0), "feature_stride": feature.stride(0), "P": width, "E": size,
+            "BLOCK_P": columns_per_block(width), "TILE": min(TILE, columns_per_block(size)), "WINDOW": window,
+            "LAST": last, "PRECISION": dot_precision(),
+        }  # fmt: skip
+        if len(out):
+            grid = (n_sequences if last else len(tables[0]), n_heads)
+            _forward[grid](**inputs, **by_query, out=out, log_sums=log_sums, **sizes)
+        ctx.save_for_backward(*inputs.values(), *tables, out, log_sums)
+        ctx.names, ctx.by_query, ctx.sizes, ctx.block = tuple(inputs), by_query, sizes, block
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        *tensors, out, log_sums = ctx.saved_tensors
-        q, k, v, fq, fk, *_, cu_queries, cu_keys = tensors
-        n_heads, n_metrics = ctx.strides[:2]
+        *inputs, sequences, starts, out, log_sums = ctx.saved_tensors
+        inputs = dict(zip(ctx.names, inputs, strict=True))
+        q, k, v, feature = (inputs[name] for name in ("q", "k", "v", "feature"))
+        last, n_heads = ctx.sizes["LAST"], q.shape[1]
         grad_out = rows(grad_out)
-        deltas = (grad_out.float() * out.float()).sum(-1)
+        sizes = {**ctx.sizes, "out_stride": grad_out.stride(0)}
+        deltas = torch.empty_like(log_sums)
         grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
-        grad_fq, grad_fk = (t.new_empty(len(t), n_heads, t.shape[2]) for t in (fq, fk))
-        grad_weight = torch.empty_like(log_sums)
-        strides = (*ctx.strides, grad_out.stride(0))
-        if len(q):
-            block = rows_per_block(len(q), len(cu_queries) - 1)
-            sequences, starts = borders(cu_queries).chunks(block)
-            _backward_queries[len(sequences), n_heads](
-                *tensors, sequences, starts, log_sums, grad_out, deltas, grad_q, grad_fq, grad_weight, *strides,
-                **ctx.sizes, QUERIES=block,
+        of_queries = grad_feature = None
+        if ctx.needs_input_grad[3]:
+            of_queries = grad_feature = q.new_empty(len(q), n_heads, feature.shape[2], dtype=torch.float32)
+            if feature.dtype != torch.float32 and feature.shape[1] == n_heads:
+                grad_feature = feature.new_empty(feature.shape)
+        n_tiles = triton.cdiv(feature.shape[2], sizes["TILE"]) if ctx.needs_input_grad[3] else 1
+        n_blocks = len(out) if last else len(sequences)
+        grad_weights = q.new_empty(2, n_blocks, n_heads, dtype=torch.float32)
+        if len(out):
+            _backward_queries[n_blocks, n_heads, n_tiles](
+                **inputs, **ctx.by_query, out=out, log_sums=log_sums, grad_out=grad_out, deltas=deltas,
+                grad_q=grad_q, grad_feature=of_queries, grad_weights=grad_weights, **sizes,
             )  # fmt: skip
-            block = rows_per_block(len(k), len(cu_keys) - 1)
-            sequences, starts = borders(cu_keys).chunks(block)
-            _backward_keys[len(sequences), n_heads](
-                *tensors, sequences, starts, log_sums, grad_out, deltas, grad_k, grad_v, grad_fk, *strides,
-                **ctx.sizes, KEYS=block,
+        if len(sequences):
+            _backward_keys[len(sequences), n_heads, n_tiles](
+                **inputs, sequences=sequences, starts=starts, log_sums=log_sums, grad_out=grad_out, deltas=deltas,
+                of_queries=of_queries, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_feature=grad_feature,
+                **sizes, KEYS=ctx.block,
             )  # fmt: skip
-        if n_metrics == 1:
-            grad_fq, grad_fk = grad_fq.sum(1, keepdim=True), grad_fk.sum(1, keepdim=True)
-        return grad_q, grad_k, grad_v, grad_fq, grad_fk, grad_weight.sum(0), None, None, None, None
+        if grad_feature is not None and feature.shape[1] < n_heads:
+            grad_feature = grad_feature.sum(1, keepdim=True)
+        return grad_q, grad_k, grad_v, grad_feature, *grad_weights.sum(1), None, None, None, None
 
 
 def preference_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    direction: Tensor,
+    feature: Tensor,
+    score_weight: Tensor,
     similarity_weight: Tensor,
     threshold: Tensor,
     cu_seqlens: Tensor,
     window: int | None,
     last_only: bool,
 ) -> Tensor:
-    """As :func:`.reference.preference_attention_reference`; the cosines are taken in float32 whatever ``q``'s dtype."""
-    cu_seqlens = cu_seqlens.contiguous()
-    queries, asked, cu_queries = q, direction, cu_seqlens
-    if last_only:
-        read = last_rows(cu_seqlens)
-        queries, asked, cu_queries = q[read], direction[read], single_rows(len(read), q.device)
+    """All of :func:`recbole_ssm.ops.preference_attention` in one kernel forward and two backward.
+
+    With ``last_only`` the output of an empty sequence is 0.
+    """
     with torch.cuda.device_of(q):
         return _PreferenceAttention.apply(
-            queries, k.to(q.dtype), v.to(q.dtype), asked, direction, dense(similarity_weight), dense(threshold),
-            cu_queries, cu_seqlens, window,
+            q, k.to(q.dtype), v.to(q.dtype), feature, dense(score_weight), dense(similarity_weight), dense(threshold),
+            cu_seqlens.contiguous(), window, last_only,
         )  # fmt: skip

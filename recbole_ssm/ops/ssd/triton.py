@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.kernels import (
     BATCH_SIZES,
+    MOST_ROWS,
     columns_per_block,
     dense,
     dot,
@@ -31,9 +32,10 @@ from recbole_ssm.ops.kernels import (
 from recbole_ssm.ops.packing import borders
 
 HEADS_PER_PROGRAM = 8
-# The first needs the least shared memory.
-CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 1), (8, 2))]
+LAUNCHES = ((4, 1), (8, 2))  # the first needs the least shared memory
 SHAPE = ["Q", "P", "N"]
+# Gradients that every chunk has a share in.
+GRAD_A, GRAD_D, GRAD_BIAS, SHARES = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -50,13 +52,13 @@ def _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _state_places(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets within a state ``[P, N]`` and which of them there are."""
-    p, n = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+def _state_places(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, first=0):
+    """Offsets within a state ``[P, N]``, from its row ``first`` on, and which of them there are."""
+    p, n = (first + tl.arange(0, BLOCK_P))[:, None], tl.arange(0, BLOCK_N)[None, :]
     return p * N + n, (p < P) & (n < N)
 
 
-@tuned(CONFIGS, [*SHAPE, "REVERSE"])
+@tuned([*SHAPE, "REVERSE"], LAUNCHES)
 @triton.jit
 def _pass_states(
     x, dt, A, B, dt_bias, edge, cu_seqlens, joints, states, last,
@@ -64,7 +66,7 @@ def _pass_states(
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """State at every joint of two chunks; ``REVERSE``: its gradient, with grad_y for x and C for B.
+    """``BLOCK_P`` rows of the state at each joint of two chunks; ``REVERSE``: its gradient, with grad_y for x, C for B.
 
     ``edge`` is the state that enters the first chunk (the gradient that enters the last), ``last`` the state that
     leaves the last one (the gradient that leaves the first); either may be absent.
@@ -73,7 +75,8 @@ def _pass_states(
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     joint = tl.load(joints + sequence).to(tl.int64)
     n_chunks = (end - begin + Q - 1) // Q
-    place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
+    first = tl.program_id(2) * BLOCK_P
+    place, inside = _state_places(P, N, BLOCK_P, BLOCK_N, first)
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if edge is not None:
         state = tl.load(edge + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
@@ -91,7 +94,7 @@ def _pass_states(
             real = t < end
             _raw, step, log_decay, total = _load_steps(dt, dt_bias, A, h, t, real, dt_stride, SOFTPLUS)
             weight = tl.exp(log_decay) if REVERSE else step * tl.exp(total - log_decay)
-            inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
+            inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P, first)
             matrix = load_rows(B, t, real, B_stride, (h // heads_per_group) * N, N, BLOCK_N)
             weighted = (inputs * weight[:, None]).to(matrix.dtype)
             state = tl.exp(total) * state + dot(tl.trans(weighted), matrix, PRECISION)
@@ -101,14 +104,18 @@ def _pass_states(
 
 @triton.jit
 def _chunk_rows(cu_seqlens, sequences, starts, joints, Q: tl.constexpr):
-    """The program's chunk: sequence, number within it, rows ``[Q]``, which are real, first joint, whether the last."""
+    """The program's chunk: sequence, number, rows ``[Q]``, which are real, first joint, neighbours before and after.
+
+    A chunk that lies past its sequence's end fills a table up: it has neither rows nor neighbours.
+    """
     chunk = tl.program_id(0)
     sequence = tl.load(sequences + chunk).to(tl.int64)
     number = chunk - tl.load(starts + sequence)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    t = tl.load(cu_seqlens + sequence).to(tl.int64) + number * Q + tl.arange(0, Q)
-    is_last = chunk + 1 == tl.load(starts + sequence + 1)
-    return sequence, number, t, t < end, tl.load(joints + sequence).to(tl.int64), is_last
+    begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    first = begin + number * Q
+    t = first + tl.arange(0, Q)
+    follows, leads = (number > 0) & (first < end), first + Q < end
+    return sequence, number, t, t < end, tl.load(joints + sequence).to(tl.int64), follows, leads
 
 
 @triton.jit
@@ -118,7 +125,7 @@ def _decay_between(log_decay, Q: tl.constexpr):
     return tl.exp(tl.where(i >= j, log_decay[:, None] - log_decay[None, :], float("-inf")))
 
 
-@tuned(CONFIGS, SHAPE)
+@tuned(SHAPE, LAUNCHES)
 @triton.jit
 def _forward(
     x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y,
@@ -126,7 +133,7 @@ def _forward(
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, t, real, joint, _is_last = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    sequence, number, t, real, joint, follows, _leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
@@ -138,9 +145,9 @@ def _forward(
         inputs = load_rows(x, t, real, x_stride, h * P, P, BLOCK_P)
         mixing = scores * _decay_between(log_decay, Q) * step[None, :]
         out = dot(mixing.to(inputs.dtype), inputs, PRECISION)
-        if (number > 0) or (initial is not None):
+        if follows or (initial is not None):
             state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-            if number > 0:
+            if follows:
                 state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
             elif initial is not None:
                 state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
@@ -151,17 +158,17 @@ def _forward(
         store_rows(y, t, real, n_heads * P, h * P, out, P, BLOCK_P)
 
 
-@tuned(CONFIGS, SHAPE)
+@tuned(SHAPE, LAUNCHES)
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward(
     x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final, grad_states,
-    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
+    grad_x, grad_dt, grad_B, grad_C, shares,
     n_rows, n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride, y_stride,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, t, real, joint, is_last = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
-    chunk = tl.program_id(0).to(tl.int64)
+    sequence, number, t, real, joint, follows, leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    shares += tl.program_id(0).to(tl.int64) * SHARES * n_heads
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
@@ -193,19 +200,19 @@ def _backward(
 
         # From the entering state: out += exp(l) C state.
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-        if number > 0:
+        if follows:
             state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
         elif initial is not None:
             state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
-        if (number > 0) or (initial is not None):
+        if follows or (initial is not None):
             read = dot(of_out, state.to(of_out.dtype), PRECISION) * tl.exp(log_decay)[:, None]
             of_c += read
             of_log_decay += tl.sum(read * c.to(tl.float32), 1)
 
         # To the leaving state: exp(l_end) state + sum_j exp(l_end - l_j) step_j inputs_j B_j^T.
-        if (is_last == 0) or (grad_final is not None):
+        if leads or (grad_final is not None):
             g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-            if is_last == 0:
+            if leads:
                 g = tl.load(grad_states + ((joint + number) * n_heads + h) * P * N + place, mask=inside, other=0.0)
             elif grad_final is not None:
                 g = tl.load(grad_final + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
@@ -221,15 +228,15 @@ def _backward(
         if D is not None:
             skip = tl.load(D + h).to(tl.float32)
             of_inputs += skip * of_out.to(tl.float32)
-            tl.store(grad_D + chunk * n_heads + h, tl.sum(of_out.to(tl.float32) * inputs.to(tl.float32)))
+            tl.store(shares + GRAD_D * n_heads + h, tl.sum(of_out.to(tl.float32) * inputs.to(tl.float32)))
         # l at a row sums the exponents of all rows up to it.
         of_exponent = tl.cumsum(of_log_decay, 0, reverse=True) + of_total
-        tl.store(grad_A + chunk * n_heads + h, tl.sum(of_exponent * step, 0))
+        tl.store(shares + GRAD_A * n_heads + h, tl.sum(of_exponent * step, 0))
         of_step += of_exponent * rate
         if SOFTPLUS:
             of_step *= sigmoid(raw)
-        if grad_bias is not None:
-            tl.store(grad_bias + chunk * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
+        if dt_bias is not None:
+            tl.store(shares + GRAD_BIAS * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
         tl.store(grad_dt + t * n_heads + h, of_step.to(grad_dt.dtype.element_ty), mask=real)
         store_rows(grad_x, t, real, n_heads * P, h * P, of_inputs, P, BLOCK_P)
     of_scores = of_scores.to(b.dtype)
@@ -255,63 +262,72 @@ class _SSD(torch.autograd.Function):
         joints, n_joints = known.joints(Q)
         per_group = n_heads // groups
         heads = next(k for k in range(min(HEADS_PER_PROGRAM, per_group), 0, -1) if per_group % k == 0)
+        block = columns_per_block(width)
         sizes = {
-            "Q": Q, "P": width, "N": n_states, "BLOCK_P": columns_per_block(width),
-            "BLOCK_N": columns_per_block(n_states), "SOFTPLUS": dt_softplus, "PRECISION": dot_precision(),
+            "n_heads": n_heads, "heads_per_group": per_group, "x_stride": x.stride(0), "dt_stride": dt.stride(0),
+            "B_stride": B.stride(0), "Q": Q, "P": width, "N": n_states, "BLOCK_N": columns_per_block(n_states),
+            "SOFTPLUS": dt_softplus, "PRECISION": dot_precision(),
         }  # fmt: skip
+        by_chunk = {"C_stride": C.stride(0), "BLOCK_P": block, "HEADS": heads}
+        # A product of these rows is taken.
+        by_sequence = {"BLOCK_P": min(MOST_ROWS.value, block)}
         states = x.new_empty(n_joints, n_heads, width, n_states, dtype=torch.float32)
         final = None
         if return_final_state:
             final = x.new_empty(n_sequences, n_heads, width, n_states, dtype=torch.float32)
         if n_sequences and (n_joints or return_final_state):
-            _pass_states[n_sequences, n_heads](
-                x, dt, A, B, dt_bias, initial, cu_seqlens, joints, states, final,
-                n_heads, per_group, x.stride(0), dt.stride(0), B.stride(0), **sizes, REVERSE=False,
+            _pass_states[n_sequences, n_heads, triton.cdiv(width, by_sequence["BLOCK_P"])](
+                x=x, dt=dt, A=A, B=B, dt_bias=dt_bias, edge=initial, cu_seqlens=cu_seqlens, joints=joints,
+                states=states, last=final, **sizes, **by_sequence, REVERSE=False,
             )  # fmt: skip
+        inputs = {
+            "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial": initial,
+            "cu_seqlens": cu_seqlens, "sequences": sequences, "starts": starts, "joints": joints, "states": states,
+        }  # fmt: skip
         y = x.new_empty(x.shape)
         if n_rows:
-            _forward[len(sequences), n_heads // heads](
-                x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y,
-                n_heads, per_group, x.stride(0), dt.stride(0), B.stride(0), C.stride(0), **sizes, HEADS=heads,
-            )  # fmt: skip
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states)
-        ctx.sizes, ctx.heads = sizes, heads
+            _forward[len(sequences), n_heads // heads](**inputs, y=y, **sizes, **by_chunk)
+        ctx.save_for_backward(*inputs.values())
+        ctx.names, ctx.sizes, ctx.by_chunk, ctx.by_sequence = tuple(inputs), sizes, by_chunk, by_sequence
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
-        x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states = ctx.saved_tensors
-        (n_rows, n_heads, _), (groups, n_states) = x.shape, B.shape[1:]
-        per_group, blocks = n_heads // groups, n_heads // ctx.heads
+        inputs = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        x, dt, A, B, C, D, dt_bias, initial, cu_seqlens = (inputs[name] for name in ctx.names[:9])
+        sequences, joints, states = inputs["sequences"], inputs["joints"], inputs["states"]
+        (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
+        blocks = n_heads // ctx.by_chunk["HEADS"]
         grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
         grad_final = None if grad_final is None else grad_final.contiguous()
         grad_states = torch.empty_like(states)
         grad_initial = None if initial is None else torch.empty_like(initial)
         if len(cu_seqlens) > 1 and (len(states) or grad_initial is not None):
-            _pass_states[len(cu_seqlens) - 1, n_heads](
-                grad_y, dt, A, C, dt_bias, grad_final, cu_seqlens, joints, grad_states, grad_initial,
-                n_heads, per_group, grad_y.stride(0), dt.stride(0), C.stride(0), **ctx.sizes, REVERSE=True,
+            of_y = {**ctx.sizes, "x_stride": grad_y.stride(0), "B_stride": C.stride(0)}
+            _pass_states[len(cu_seqlens) - 1, n_heads, triton.cdiv(width, ctx.by_sequence["BLOCK_P"])](
+                x=grad_y, dt=dt, A=A, B=C, dt_bias=dt_bias, edge=grad_final, cu_seqlens=cu_seqlens, joints=joints,
+                states=grad_states, last=grad_initial, **of_y, **ctx.by_sequence, REVERSE=True,
             )  # fmt: skip
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-        by_chunk = (len(sequences), n_heads)
-        grad_A, grad_D, grad_bias = (
-            None if t is None else x.new_empty(by_chunk, dtype=torch.float32) for t in (A, D, dt_bias)
-        )
-        grad_B, grad_C = (x.new_empty(blocks, n_rows, n_states, dtype=torch.float32) for _ in range(2))
+        shares = x.new_empty(len(sequences), SHARES.value, n_heads, dtype=torch.float32)
+        # A block of heads has a share in these; where it is the whole group, all.
+        one = blocks == groups
+        grad_BC = x.new_empty(2, blocks, n_rows, n_states, dtype=x.dtype if one else torch.float32)
         if n_rows:
             _backward[len(sequences), blocks](
-                x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
-                grad_states, grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, n_rows, n_heads, per_group,
-                x.stride(0), dt.stride(0), B.stride(0), C.stride(0), grad_y.stride(0), **ctx.sizes, HEADS=ctx.heads,
+                **inputs, grad_y=grad_y, grad_final=grad_final, grad_states=grad_states, grad_x=grad_x,
+                grad_dt=grad_dt, grad_B=grad_BC[0], grad_C=grad_BC[1], shares=shares, n_rows=n_rows,
+                y_stride=grad_y.stride(0), **ctx.sizes, **ctx.by_chunk,
             )  # fmt: skip
-        grad_B, grad_C = (
-            t.view(groups, blocks // groups, n_rows, n_states).sum(1).transpose(0, 1) for t in (grad_B, grad_C)
-        )
+        if not one:
+            grad_BC = grad_BC.view(2, groups, blocks // groups, n_rows, n_states).sum(2).to(x.dtype)
+        grad_B, grad_C = grad_BC.transpose(1, 2)
+        grad_A, grad_D, grad_bias = shares.sum(0)
         return (
-            grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C, None if D is None else grad_D.sum(0),
-            None if dt_bias is None else grad_bias.sum(0), grad_initial, None, None, None, None,
+            grad_x, grad_dt, grad_A, grad_B, grad_C, None if D is None else grad_D,
+            None if dt_bias is None else grad_bias, grad_initial, None, None, None, None,
         )  # fmt: skip
 
 
