@@ -165,7 +165,11 @@ def selective_scan_last(
         )  # fmt: skip
         some = sequence_lengths(cu_seqlens) > 0
         return x.new_zeros(sequences, x.shape[1]).index_put((some,), full[last_rows(cu_seqlens)[some]])
-    nothing = B.new_zeros(B.shape) if chosen != "cpu" else B.new_empty(0, B.shape[1])
+    # How each backend is told that no outputs are wanted; the reference has no such way.
+    if chosen == "triton":
+        nothing = None
+    else:
+        nothing = B.new_empty(0, B.shape[1]) if chosen == "cpu" else B.new_zeros(B.shape)
     _, state = _run(chosen, x, dt, A, B, nothing, None, None, dt_bias, dt_softplus, None, cu_seqlens, True)
     return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
 

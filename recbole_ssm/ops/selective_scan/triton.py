@@ -1,8 +1,21 @@
-"""Selective scan on a GPU: Triton kernels, forward and backward.
+"""Selective scan on a GPU: Triton kernels that work on all chunks of :data:`ROWS` rows at once, forward and backward.
 
-A lane owns a channel and keeps it for :data:`ROWS` rows in registers, so the recurrence itself needs no exchange
-between lanes; the loop runs over the states, one after another. Between such groups of rows the state passes through
-memory. These states, one every :data:`ROWS` rows, are all that the backward pass needs: it recomputes the rest.
+1. :func:`_chunk_states`: what each chunk alone adds to the state after it, and the sum of its step sizes, of which its
+   decay follows. Backward (``REVERSE``): what it alone adds to the gradient of the state before it.
+2. :func:`_pass_states`: from chunk to chunk of a sequence, one multiply-add a state; every state of every channel of
+   every sequence on its own.
+3. :func:`_outputs` and :func:`_gradients`: each chunk, given the states (and their gradients) at its borders.
+
+Steps 1 and 2 are left out where every sequence fits a chunk. All that backward keeps of forward is the state at each
+border of two chunks. Where outputs are not asked for (``C`` absent), 1 and 2 give the final states alone.
+
+Tiles: in steps 1 and 3 forward a lane owns a channel and holds many of its states, so that the sum over states stays
+within a thread. :func:`_gradients` needs sums over states and over channels alike, and all states of a chunk's rows:
+a warp holds 4 states of :data:`GRADIENT_CHANNELS` channels for all rows in registers, goes through the states 4 at a
+time, and sums over states once at the end. One warp a program throughout: there is nothing to wait for, and no product
+of matrices.
+
+A chunk of a table that was filled up (its rows lie past its sequence's end) reads and writes nothing.
 """
 
 import torch
@@ -15,248 +28,444 @@ from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid, softplus
 from recbole_ssm.ops.packing import borders
 
 ROWS = 16
-CHANNELS = 32  # one warp's lanes
-# Programs that share out the sequences: enough to fill a GPU, few enough that their sums of A's gradient stay small.
-PROGRAMS = 2048
+# Rows whose loads _outputs has under way together; a shorter rest of a chunk costs no more than it holds.
+UNROLLED = 8
+GRADIENT_CHANNELS = 8
+GRADIENT_STATES = 4
+# Elements (channels x states) of a program of one warp: 16 a lane.
+TILE = 512
+PASSED = 128  # states a program of _pass_states
+AHEAD = 8  # chunks that it loads at once
+# Programs of _gradients: enough to fill a GPU (32 a multiprocessor). Beyond that a program goes through several chunks
+# and blocks of channels, and sums as it goes, so that partial sums stay small.
+PROGRAMS = 4096
+CHUNKS = 2048  # most partial sums of a parameter's gradient
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _forward(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, starts, states, y, final,
-    n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+def _chunk(chunk, cu_seqlens, sequences, starts, ROWS: tl.constexpr):
+    """A chunk's sequence, its number within it, its first row and its sequence's end, each int64."""
+    sequence = tl.load(sequences + chunk).to(tl.int64)
+    number = (chunk - tl.load(starts + sequence)).to(tl.int64)
+    first = tl.load(cu_seqlens + sequence).to(tl.int64) + number * ROWS
+    return sequence, number, first, tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+
+
+@triton.jit
+def _within(index, count, there):
+    """``index < count``, and nothing where not ``there`` (the interpreter cannot mask a block by a scalar)."""
+    return index < tl.where(there, count, 0)
+
+
+@triton.jit
+def _vector(pointer, place, inside):
+    """Values in float32, zeros outside and where there is no such tensor."""
+    return tl.load(pointer + place, mask=inside, other=0.0).to(tl.float32) if pointer is not None else 0.0
+
+
+@triton.jit
+def _step(dt, place, inside, bias, SOFTPLUS: tl.constexpr):
+    """Step sizes before and after softplus; outside none is taken, which leaves a state as it is."""
+    raw = tl.load(dt + place, mask=inside, other=0.0).to(tl.float32) + bias
+    return raw, tl.where(inside, softplus(raw) if SOFTPLUS else raw, 0.0)
+
+
+@triton.jit
+def _chunk_states(
+    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final,
+    n_channels, n_states, x_stride, dt_stride, B_stride, z_stride,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    here = d < n_channels
-    size = n_channels * n_states
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-    joint = tl.load(starts + sequence).to(tl.int64)
-    bias = tl.load(dt_bias + d, mask=here, other=0.0).to(tl.float32) if dt_bias is not None else 0.0
-    skip = tl.load(D + d, mask=here, other=0.0).to(tl.float32) if D is not None else 0.0
-    for first in range(begin, end, ROWS):
-        steps, drives, outs = (), (), ()
+    """State after each chunk that another follows, from none before it, and the sum of its step sizes.
+
+    With ``final`` also of each sequence's last chunk, there. ``REVERSE``: gradient of the state before each chunk that
+    follows another, from none of the state after it; with grad_y for ``x``, ``C`` for ``B`` and perhaps a gate. Where
+    ``x`` is absent, too, it is zero: then only the sums are written.
+    """
+    chunk = tl.program_id(0)
+    sequence, number, first, end = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
+    follows = (number > 0) & (first < end) if REVERSE else first + ROWS < end
+    if follows or ((final is not None) and (first < end)):
+        d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        n = tl.program_id(2) * STATES + tl.arange(0, STATES)
+        here, of_state = d < n_channels, n < n_states
+        inside_state = here[None, :] & of_state[:, None]
+        place = d[None, :] * n_states + n[:, None]
+        bias = _vector(dt_bias, d, here)
+        rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
+        state = tl.zeros([STATES, CHANNELS], tl.float32)
+        total = tl.zeros([CHANNELS], tl.float32)
         for i in tl.static_range(ROWS):
-            t = first + i
-            inside = d < tl.where(t < end, n_channels, 0)
-            step = tl.load(dt + t * dt_stride + d, mask=inside, other=0.0).to(tl.float32) + bias
-            step = tl.where(inside, softplus(step) if SOFTPLUS else step, 0.0)
-            inp = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-            steps += (step,)
-            drives += (step * inp,)
-            outs += (inp * skip,)
-        for n in range(n_states):
-            rate = tl.load(A + n * n_channels + d, mask=here, other=0.0)
-            h = tl.zeros([CHANNELS], tl.float32)
-            if first > begin:
-                h = tl.load(states + (joint - 1) * size + n * n_channels + d, mask=here, other=0.0)
-            elif initial is not None:
-                h = tl.load(initial + sequence * size + n * n_channels + d, mask=here, other=0.0)
-            summed = ()
-            for i in tl.static_range(ROWS):
-                t = first + i
-                b = tl.load(B + t * B_stride + n, mask=t < end, other=0.0).to(tl.float32)
-                c = tl.load(C + t * C_stride + n, mask=t < end, other=0.0).to(tl.float32)
-                h = tl.exp2(steps[i] * rate) * h + drives[i] * b
-                summed += (outs[i] + h * c,)
-            outs = summed
-            if first + ROWS < end:
-                tl.store(states + joint * size + n * n_channels + d, h, mask=here)
+            t = first + ROWS - 1 - i if REVERSE else first + i
+            inside = _within(d, n_channels, t < end)
+            _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
+            total += step
+            if x is not None:
+                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+                vector = tl.load(B + t * B_stride + n, mask=_within(n, n_states, t < end), other=0.0).to(tl.float32)
+                decay = tl.exp2(step[None, :] * rate)
+                if REVERSE:
+                    if z is not None:
+                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        value *= gate * sigmoid(gate)
+                    state = (state + value[None, :] * vector[:, None]) * decay
+                else:
+                    state = decay * state + (step * value)[None, :] * vector[:, None]
+        if tl.program_id(2) == 0:
+            tl.store(totals + chunk.to(tl.int64) * n_channels + d, total, mask=here)
+        if x is not None:
+            size = n_channels * n_states
+            if follows:
+                joint = tl.load(joints + sequence).to(tl.int64) + (number - 1 if REVERSE else number)
+                tl.store(states + joint * size + place, state, mask=inside_state)
             elif final is not None:
-                tl.store(final + sequence * size + n * n_channels + d, h, mask=here)
-        joint += 1
-        for i in tl.static_range(ROWS):
-            t = first + i
-            inside = d < tl.where(t < end, n_channels, 0)
-            out = outs[i]
-            if z is not None:
-                gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
-                out = out * gate * sigmoid(gate)
-            tl.store(y + t * n_channels + d, out.to(y.dtype.element_ty), mask=inside)
+                tl.store(final + sequence * size + place, state, mask=inside_state)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def _backward(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, starts, states, grad_y, grad_final,
-    grad_states, grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial,
-    n_sequences, n_rows, n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride, y_stride,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+@triton.jit
+def _pass_states(
+    A, totals, edge, cu_seqlens, starts, joints, states, final, n_channels, n_states,
+    LOCAL: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    here = d < n_channels
+    """Turn what each chunk adds to a state, in ``states`` (and ``final``), into the state, in place.
+
+    ``edge`` is the state before the first chunk (``REVERSE``: the gradient of the state after the last one). Without
+    ``LOCAL`` chunks add nothing, and what stands in ``states`` is not read.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     size = n_channels * n_states
-    grad_A += program * size
-    grad_B += block * n_rows * n_states
-    grad_C += block * n_rows * n_states
-    bias = tl.load(dt_bias + d, mask=here, other=0.0).to(tl.float32) if dt_bias is not None else 0.0
-    skip = tl.load(D + d, mask=here, other=0.0).to(tl.float32) if D is not None else 0.0
-    sum_bias = tl.zeros([CHANNELS], tl.float32)
-    sum_skip = tl.zeros([CHANNELS], tl.float32)
-    for sequence in range(program, n_sequences, tl.num_programs(0)):
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        joint = tl.load(starts + sequence).to(tl.int64)
-        n_groups = (end - begin + ROWS - 1) // ROWS
-        for back in range(n_groups):
-            group = n_groups - 1 - back
-            first = begin + group * ROWS
-            inputs, steps, slopes, outs, ungated, into_step, into_drive = (), (), (), (), (), (), ()
-            for i in tl.static_range(ROWS):
-                t = first + i
-                inside = d < tl.where(t < end, n_channels, 0)
-                raw = tl.load(dt + t * dt_stride + d, mask=inside, other=0.0).to(tl.float32) + bias
-                steps += (tl.where(inside, softplus(raw) if SOFTPLUS else raw, 0.0),)
-                slopes += (sigmoid(raw) if SOFTPLUS else 1.0,)
-                inp = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-                inputs += (inp,)
-                out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
+    inside = place < size
+    d = place // n_states
+    begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    n_chunks = (end - begin + ROWS - 1) // ROWS
+    first_chunk, first_joint = tl.load(starts + sequence).to(tl.int64), tl.load(joints + sequence).to(tl.int64)
+    rate = tl.load(A + place, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    state = tl.zeros([BLOCK], tl.float32)
+    if edge is not None:
+        state += tl.load(edge + sequence * size + place, mask=inside, other=0.0)
+    for base in range(0, n_chunks - 1, AHEAD):
+        added, sums = (), ()
+        for i in tl.static_range(AHEAD):
+            joint = n_chunks - 2 - base - i if REVERSE else base + i
+            inside_joint = _within(place, size, base + i < n_chunks - 1)
+            # A joint lies after the chunk of its number; a gradient comes to it through the chunk behind it.
+            chunk = first_chunk + joint + 1 if REVERSE else first_chunk + joint
+            sums += (tl.load(totals + chunk * n_channels + d, mask=inside_joint, other=0.0),)
+            if LOCAL:
+                added += (tl.load(states + (first_joint + joint) * size + place, mask=inside_joint, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            joint = n_chunks - 2 - base - i if REVERSE else base + i
+            inside_joint = _within(place, size, base + i < n_chunks - 1)
+            state *= tl.exp2(sums[i] * rate)
+            if LOCAL:
+                state += added[i]
+            tl.store(states + (first_joint + joint) * size + place, state, mask=inside_joint)
+    if final is not None:
+        if n_chunks > 0:
+            total = tl.load(totals + (first_chunk + n_chunks - 1) * n_channels + d, mask=inside, other=0.0)
+            added = tl.load(final + sequence * size + place, mask=inside, other=0.0)
+            state = state * tl.exp2(total * rate) + added
+        tl.store(final + sequence * size + place, state, mask=inside)
+
+
+@triton.jit
+def _outputs(
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final,
+    n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride,
+    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, UNROLLED: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    sequence, number, first, end = _chunk(tl.program_id(0), cu_seqlens, sequences, starts, ROWS)
+    if first < end:
+        d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        n = tl.arange(0, STATES)
+        here, of_state = d < n_channels, n < n_states
+        inside_state = here[None, :] & of_state[:, None]
+        size = n_channels * n_states
+        place = d[None, :] * n_states + n[:, None]
+        bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
+        rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
+        state = tl.zeros([STATES, CHANNELS], tl.float32)
+        if number > 0:
+            joint = tl.load(joints + sequence).to(tl.int64) + number - 1
+            state = tl.load(states + joint * size + place, mask=inside_state, other=0.0)
+        elif initial is not None:
+            state = tl.load(initial + sequence * size + place, mask=inside_state, other=0.0)
+        for row in range(0, min(end - first, ROWS), UNROLLED):
+            outs = ()
+            for i in tl.static_range(UNROLLED):
+                t = first + row + i
+                inside, real = _within(d, n_channels, t < end), _within(n, n_states, t < end)
+                _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
+                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
+                c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
+                state = tl.exp2(step[None, :] * rate) * state + (step * value)[None, :] * b[:, None]
+                out = tl.sum(state * c[:, None], 0) + value * skip
                 if z is not None:
                     gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
-                    out = out * gate * sigmoid(gate)
+                    out *= gate * sigmoid(gate)
                 outs += (out,)
-                ungated += (inp * skip,)
-                into_step += (tl.zeros([CHANNELS], tl.float32),)
-                into_drive += (tl.zeros([CHANNELS], tl.float32),)
-            for n in range(n_states):
-                place = n * n_channels + d
-                rate = tl.load(A + place, mask=here, other=0.0)
-                h = tl.zeros([CHANNELS], tl.float32)
-                if group > 0:
-                    h = tl.load(states + (joint + group - 1) * size + place, mask=here, other=0.0)
-                elif initial is not None:
-                    h = tl.load(initial + sequence * size + place, mask=here, other=0.0)
-                g = tl.zeros([CHANNELS], tl.float32)
-                if back > 0:
-                    g = tl.load(grad_states + (joint + group) * size + place, mask=here, other=0.0)
+            # After all loads, which could not be moved ahead of a store.
+            for i in tl.static_range(UNROLLED):
+                t = first + row + i
+                tl.store(y + t * n_channels + d, outs[i].to(y.dtype.element_ty), mask=_within(d, n_channels, t < end))
+        if final is not None:
+            if first + ROWS >= end:
+                tl.store(final + sequence * size + place, state, mask=inside_state)
+
+
+@triton.jit
+def _accumulate(pointer, place, value, inside, again):
+    """Store ``inside``, and add to what stands there already ``again``."""
+    tl.store(pointer + place, value + tl.load(pointer + place, mask=again, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks"])
+def _gradients(
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
+    grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
+    n_rows, n_chunks, n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride, y_stride,
+    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of everything.
+
+    ``by_row`` has those of ``B`` and ``C``, ``[parts, 2, T, N]`` (without grad_y ``[parts, 1, T, N]``), ``sums`` those
+    of ``A``, ``D`` and ``dt_bias`` side by side, ``[programs, D N + 2 D]``.
+    """
+    size = n_channels * n_states
+    sums += tl.program_id(0).to(tl.int64) * (size + 2 * n_channels)
+    grad_B = by_row + tl.program_id(1).to(tl.int64) * n_rows * n_states * (1 if grad_y is None else 2)
+    grad_C = grad_B + tl.cast(n_rows, tl.int64) * n_states
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        sequence, number, first, end = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
+        joint = tl.load(joints + sequence).to(tl.int64) + number
+        for block in range(tl.program_id(1), tl.cdiv(n_channels, CHANNELS), tl.num_programs(1)):
+            d = block * CHANNELS + tl.arange(0, CHANNELS)
+            here = d < n_channels
+            bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
+            added = block > tl.program_id(1)
+            again = _within(d, n_channels, chunk > tl.program_id(0))
+            steps, drives, outs, into_step, into_drive, ungated = (), (), (), (), (), ()
+            for i in tl.static_range(ROWS):
+                t = first + i
+                inside = _within(d, n_channels, t < end)
+                _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
+                steps += (step,)
+                drives += (step * tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32),)
+                if grad_y is not None:
+                    out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
+                    if z is not None:
+                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        out *= gate * sigmoid(gate)
+                        ungated += (tl.zeros([CHANNELS, STATES], tl.float32),)
+                    outs += (out,)
+                into_step += (tl.zeros([CHANNELS, STATES], tl.float32),)
+                into_drive += (tl.zeros([CHANNELS, STATES], tl.float32),)
+            for first_state in range(0, n_states, STATES):
+                n = first_state + tl.arange(0, STATES)
+                of_state = n < n_states
+                inside_state = here[:, None] & of_state[None, :]
+                place = d[:, None] * n_states + n[None, :]
+                rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
+                h = tl.zeros([CHANNELS, STATES], tl.float32)
+                if first < end:
+                    if number > 0:
+                        h = tl.load(states + (joint - 1) * size + place, mask=inside_state, other=0.0)
+                    elif initial is not None:
+                        h = tl.load(initial + sequence * size + place, mask=inside_state, other=0.0)
+                g = tl.zeros([CHANNELS, STATES], tl.float32)
+                if first + ROWS < end:
+                    g = tl.load(grad_states + joint * size + place, mask=inside_state, other=0.0)
                 elif grad_final is not None:
-                    g = tl.load(grad_final + sequence * size + place, mask=here, other=0.0)
-                before, decays, summed = (), (), ()
+                    if first < end:
+                        g = tl.load(grad_final + sequence * size + place, mask=inside_state, other=0.0)
+                before, decays, later = (), (), ()
                 for i in tl.static_range(ROWS):
                     t = first + i
-                    b = tl.load(B + t * B_stride + n, mask=t < end, other=0.0).to(tl.float32)
+                    real = _within(n, n_states, t < end)
+                    b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
                     before += (h,)
-                    decays += (tl.exp2(steps[i] * rate),)
-                    h = decays[i] * h + steps[i] * inputs[i] * b
-                    tl.store(grad_C + t * n_states + n, tl.sum(outs[i] * h), mask=t < end)
-                    if z is not None:
-                        c = tl.load(C + t * C_stride + n, mask=t < end, other=0.0).to(tl.float32)
-                        summed += (ungated[i] + h * c,)
+                    decays += (tl.exp2(steps[i][:, None] * rate),)
+                    h = decays[i] * h + drives[i][:, None] * b[None, :]
+                    if grad_y is not None:
+                        of_c = tl.sum(outs[i][:, None] * h, 0)
+                        _accumulate(grad_C, t * n_states + n, of_c, real, _within(n, n_states, (t < end) & added))
+                        if z is not None:
+                            c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
+                            later += (ungated[i] + h * c[None, :],)
                 if z is not None:
-                    ungated = summed
-                sum_rate = tl.zeros([CHANNELS], tl.float32)
-                # Built from the last row to the first; the loop after it runs the other way round, so it is reversed.
+                    ungated = later
+                of_rate = tl.zeros([CHANNELS, STATES], tl.float32)
+                # Built from the last row to the first; the loop after it runs the other way round.
                 last_step, last_drive = (), ()
                 for i in tl.static_range(ROWS - 1, -1, -1):
                     t = first + i
-                    b = tl.load(B + t * B_stride + n, mask=t < end, other=0.0).to(tl.float32)
-                    c = tl.load(C + t * C_stride + n, mask=t < end, other=0.0).to(tl.float32)
-                    g += outs[i] * c
-                    tl.store(grad_B + t * n_states + n, tl.sum(g * steps[i] * inputs[i]), mask=t < end)
-                    last_drive += (into_drive[i] + g * b,)
+                    real = _within(n, n_states, t < end)
+                    b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
+                    if grad_y is not None:
+                        c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
+                        g += outs[i][:, None] * c[None, :]
+                    of_b = tl.sum(g * drives[i][:, None], 0)
+                    _accumulate(grad_B, t * n_states + n, of_b, real, _within(n, n_states, (t < end) & added))
+                    last_drive += (into_drive[i] + g * b[None, :],)
                     g *= decays[i]
                     exponent = g * before[i]
                     last_step += (into_step[i] + exponent * rate,)
-                    sum_rate += exponent * steps[i]
+                    of_rate += exponent * steps[i][:, None]
                 into_drive, into_step = (), ()
                 for i in tl.static_range(ROWS):
                     into_drive += (last_drive[ROWS - 1 - i],)
                     into_step += (last_step[ROWS - 1 - i],)
-                tl.store(grad_A + place, tl.load(grad_A + place, mask=here, other=0.0) + sum_rate, mask=here)
-                if group > 0:
-                    tl.store(grad_states + (joint + group - 1) * size + place, g, mask=here)
-                elif grad_initial is not None:
-                    tl.store(grad_initial + sequence * size + place, g, mask=here)
+                _accumulate(sums, place, of_rate, inside_state, again[:, None] & of_state[None, :])
+                if grad_initial is not None:
+                    if (number == 0) & (first < end):
+                        tl.store(grad_initial + sequence * size + place, g, mask=inside_state)
+            of_skip = tl.zeros([CHANNELS], tl.float32)
+            of_bias = tl.zeros([CHANNELS], tl.float32)
             for i in tl.static_range(ROWS):
                 t = first + i
-                inside = d < tl.where(t < end, n_channels, 0)
+                inside = _within(d, n_channels, t < end)
+                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+                of_drive = tl.sum(into_drive[i], 1)
                 # The rates carry log2(e) for exp2, and so does what came through them.
-                of_step = (into_drive[i] * inputs[i] + into_step[i] * LN_2) * slopes[i]
-                of_input = into_drive[i] * steps[i] + outs[i] * skip
+                of_step = of_drive * value + tl.sum(into_step[i], 1) * LN_2
+                if SOFTPLUS:
+                    raw, _step_again = _step(dt, t * dt_stride + d, inside, bias, False)
+                    of_step *= sigmoid(raw)
+                of_bias += tl.where(inside, of_step, 0.0)
+                of_input = of_drive * steps[i]
+                if grad_y is not None:
+                    of_input += outs[i] * skip
+                    of_skip += outs[i] * value
+                    if z is not None:
+                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        share = sigmoid(gate)
+                        whole = tl.sum(ungated[i], 1) + value * skip
+                        of_gate = out * whole * share * (1.0 + gate * (1.0 - share))
+                        tl.store(grad_z + t * n_channels + d, of_gate.to(grad_z.dtype.element_ty), mask=inside)
                 tl.store(grad_dt + t * n_channels + d, of_step.to(grad_dt.dtype.element_ty), mask=inside)
                 tl.store(grad_x + t * n_channels + d, of_input.to(grad_x.dtype.element_ty), mask=inside)
-                sum_bias += tl.where(inside, of_step, 0.0)
-                sum_skip += outs[i] * inputs[i]
-                if z is not None:
-                    gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
-                    out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
-                    share = sigmoid(gate)
-                    of_gate = out * ungated[i] * share * (1.0 + gate * (1.0 - share))
-                    tl.store(grad_z + t * n_channels + d, of_gate.to(grad_z.dtype.element_ty), mask=inside)
-    if grad_D is not None:
-        tl.store(grad_D + program * n_channels + d, sum_skip, mask=here)
-    if grad_bias is not None:
-        tl.store(grad_bias + program * n_channels + d, sum_bias, mask=here)
+            _accumulate(sums, size + d, of_skip, here, again)
+            _accumulate(sums, size + n_channels + d, of_bias, here, again)
 
 
-def _by_state(tensor: Tensor | None) -> Tensor | None:
-    """States first, so that neighbouring lanes read neighbouring channels: ``[..., D, N]`` to ``[..., N, D]``."""
-    return None if tensor is None else tensor.float().mT.contiguous()
+def _state_blocks(n_channels: int, n_states: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Channels and states of a program's tile where it needs all states of a channel, and where any will do."""
+    whole, part = triton.next_power_of_2(n_states), min(16, triton.next_power_of_2(n_states))
+    return (max(8, min(32, TILE // whole)), whole), (min(32, TILE // part), part)
+
+
+def _shares(n_chunks: int, n_blocks: int) -> tuple[int, int]:
+    """Programs of :func:`_gradients`: those that share out the chunks, and those that share out blocks of channels."""
+    parts = max(1, min(n_blocks, PROGRAMS // max(1, n_chunks)))
+    return max(1, min(n_chunks, CHUNKS)), parts
 
 
 def _row_strides(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.stride(0) for t in tensors]
 
 
+def _states(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state):
-        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
-        z = None if z is None else rows(z)
-        rate, start = _by_state(A) * LOG2_E.value, _by_state(initial)
+        x, dt, B = rows(x), rows(dt), rows(B)
+        C, z = (None if t is None else rows(t) for t in (C, z))
+        initial = _states(initial)
         (n_channels, n_states), n_sequences = A.shape, len(cu_seqlens) - 1
-        starts, n_joints = borders(cu_seqlens).joints(ROWS)
-        states = x.new_empty(n_joints, n_states, n_channels, dtype=torch.float32)
-        y = x.new_empty(x.shape)
-        final = None
-        if return_final_state:
-            shape = (n_sequences, n_states, n_channels)
-            final = x.new_zeros(shape, dtype=torch.float32) if start is None else start.clone()
-        if n_sequences:
-            _forward[n_sequences, triton.cdiv(n_channels, CHANNELS)](
-                x, dt, rate, B, C, D, z, dt_bias, start, cu_seqlens, starts, states, y, final,
-                n_channels, n_states, *_row_strides(x, dt, B, C, z), dt_softplus, ROWS, CHANNELS, num_warps=1,
+        known = borders(cu_seqlens)
+        (sequences, starts), (joints, n_joints) = known.chunks(ROWS), known.joints(ROWS)
+        whole, part = _state_blocks(n_channels, n_states)
+        sizes = n_channels, n_states
+        states = x.new_empty(n_joints, *sizes, dtype=torch.float32)
+        totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
+        y = final = None
+        if return_final_state and C is None:
+            final = x.new_empty(n_sequences, *sizes, dtype=torch.float32)
+        elif return_final_state:
+            # An empty sequence hands its state on as it came.
+            final = x.new_zeros(n_sequences, *sizes, dtype=torch.float32) if initial is None else initial.clone()
+        if n_joints or (C is None and n_sequences):
+            own_final = final if C is None else None
+            if len(sequences):
+                _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
+                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final,
+                    *sizes, *_row_strides(x, dt, B, None), dt_softplus, False, ROWS, *part, num_warps=1,
+                )  # fmt: skip
+            _pass_states[n_sequences, triton.cdiv(n_channels * n_states, PASSED)](
+                A, totals, initial, cu_seqlens, starts, joints, states, own_final,
+                *sizes, True, False, ROWS, PASSED, AHEAD, num_warps=1,
             )  # fmt: skip
-        ctx.save_for_backward(x, dt, rate, B, C, D, z, dt_bias, start, cu_seqlens, starts, states)
+        if C is not None:
+            y = x.new_empty(x.shape)
+            if len(sequences):
+                _outputs[len(sequences), triton.cdiv(n_channels, whole[0])](
+                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final,
+                    *sizes, *_row_strides(x, dt, B, C, z), dt_softplus, ROWS, UNROLLED, *whole, num_warps=1,
+                )  # fmt: skip
+        ctx.save_for_backward(
+            x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
+            totals if C is None else None,
+        )  # fmt: skip
         ctx.dt_softplus = dt_softplus
         ctx.set_materialize_grads(False)
-        return y, None if final is None else final.mT
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
-        x, dt, rate, B, C, D, z, dt_bias, start, cu_seqlens, starts, states = ctx.saved_tensors
-        n_sequences, (n_states, n_channels) = len(cu_seqlens) - 1, rate.shape
-        grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
-        n_programs, n_blocks = min(n_sequences, PROGRAMS), triton.cdiv(n_channels, CHANNELS)
+        x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, totals = (
+            ctx.saved_tensors
+        )
+        sizes = n_channels, n_states = A.shape
+        _whole, part = _state_blocks(n_channels, n_states)
+        if C is not None:
+            grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+        grad_final = _states(grad_final)
+        grad_states = torch.empty_like(states)
+        if len(states):
+            if C is not None:
+                totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
+                _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
+                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None,
+                    *sizes, *_row_strides(grad_y, dt, C, z), ctx.dt_softplus, True, ROWS, *part, num_warps=1,
+                )  # fmt: skip
+            _pass_states[len(cu_seqlens) - 1, triton.cdiv(n_channels * n_states, PASSED)](
+                A, totals, grad_final, cu_seqlens, starts, joints, grad_states, None,
+                *sizes, C is not None, True, ROWS, PASSED, AHEAD, num_warps=1,
+            )  # fmt: skip
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         grad_z = None if z is None else z.new_empty(z.shape)
-        grad_A = rate.new_zeros(n_programs, n_states, n_channels)
-        grad_B, grad_C = (rate.new_empty(n_blocks, len(x), n_states) for _ in range(2))
-        grad_D = None if D is None else rate.new_empty(n_programs, n_channels)
-        grad_bias = None if dt_bias is None else rate.new_empty(n_programs, n_channels)
-        final = _by_state(grad_final)
         grad_initial = None
-        if start is not None:
+        if initial is not None:
             # An empty sequence hands its state on as it came.
-            grad_initial = torch.zeros_like(start) if final is None else final.clone()
-        if n_sequences:
-            _backward[n_programs, n_blocks](
-                x, dt, rate, B, C, D, z, dt_bias, start, cu_seqlens, starts, states, grad_y, final,
-                torch.empty_like(states), grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias,
-                grad_initial, n_sequences, len(x), n_channels, n_states, *_row_strides(x, dt, B, C, z, grad_y),
-                ctx.dt_softplus, ROWS, CHANNELS, num_warps=1,
+            grad_initial = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
+        n_programs, n_parts = _shares(len(sequences), triton.cdiv(n_channels, GRADIENT_CHANNELS))
+        by_row = x.new_empty(n_parts, 1 if C is None else 2, len(x), n_states, dtype=torch.float32)
+        sums = x.new_empty(n_programs, A.numel() + 2 * n_channels, dtype=torch.float32)
+        if len(sequences):
+            _gradients[n_programs, n_parts](
+                x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
+                grad_y, grad_final, grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
+                len(x), len(sequences), *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus,
+                ROWS, GRADIENT_CHANNELS, GRADIENT_STATES, num_warps=1,
             )  # fmt: skip
-
+        else:
+            sums.zero_()
+        grad_A, grad_D, grad_bias = sums.sum(0).split([A.numel(), n_channels, n_channels])
+        grad_B, *grad_C = (by_row[0] if n_parts == 1 else by_row.sum(0)).unbind()
         return (
-            grad_x, grad_dt, grad_A.sum(0).mT, grad_B.sum(0), grad_C.sum(0),
-            None if D is None else grad_D.sum(0), grad_z, None if dt_bias is None else grad_bias.sum(0),
-            None if start is None else grad_initial.mT, None, None, None,
+            grad_x, grad_dt, grad_A.view(sizes), grad_B, grad_C[0] if grad_C else None, None if D is None else grad_D,
+            grad_z, None if dt_bias is None else grad_bias, grad_initial, None, None, None,
         )  # fmt: skip
 
 
@@ -265,7 +474,7 @@ def selective_scan_triton(
     dt: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor,
+    C: Tensor | None,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
@@ -273,10 +482,13 @@ def selective_scan_triton(
     initial_state: Tensor | None,
     cu_seqlens: Tensor,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """All of :func:`recbole_ssm.ops.selective_scan` in one kernel each way; states are float32."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """All of :func:`recbole_ssm.ops.selective_scan` in Triton kernels; states are float32.
+
+    Without ``C`` there are no outputs (nor ``D`` and ``z``): the final state alone is computed.
+    """
     with torch.cuda.device_of(x):
         return _SelectiveScan.apply(
-            x, dt, A, B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
+            x, dt, dense(A), B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
             dt_softplus, return_final_state,
         )  # fmt: skip
