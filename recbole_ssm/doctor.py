@@ -69,22 +69,25 @@ def prefetch(config: Any) -> None:
         config: the model's configuration.
     """
     device = torch.device(config["device"])
-    if not is_checked(device) or config["ssm_backend"] not in (None, "auto"):
+    if not is_checked(device):
         return
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported() else "float16"
     dtype = half if config["enable_amp"] else "float32"
-    probe = torch.empty(0, dtype=getattr(torch, dtype), device=device)
-    first = [
-        next((backend for backend in preferred(device) if not why_not(op, backend, probe)), None)
-        for op, _ in needs(config["model"], config)
-    ]
-    verdicts([
-        Check(op, backend, str(device), dtype, sizes, tf32=tf32_allowed(device))
-        for (op, sizes), backend in zip(needs(config["model"], config), first, strict=True)
-        if backend is not None
-    ])  # fmt: skip
+    named = config["ssm_backend"] not in (None, "auto")  # which is not for the attention
+    checks = []
+    for op, sizes in needs(config["model"], config):
+        if named and op != "preference_attention":
+            continue
+        able = [backend for backend in preferred(device) if not why_not(op, backend, probe(device, dtype))]
+        checks += [Check(op, first, str(device), dtype, sizes, tf32=tf32_allowed(device)) for first in able[:1]]
+    verdicts(checks)
+
+
+def probe(device: torch.device, dtype: str = "float32") -> torch.Tensor:
+    """A tensor to ask :func:`why_not` about."""
+    return torch.empty(0, dtype=getattr(torch, dtype), device=device)
 
 
 def default_needs(model: str) -> list[Need]:
@@ -105,9 +108,7 @@ def diagnose(anew: bool = False) -> int:
     tried = [b for b in BACKENDS[1:] if b != "cpu" or device.type == "cpu"]
     ops = list(dict.fromkeys(need for model in MODELS for need in default_needs(model)))
     absent = {
-        (op, b): why_not(op, b, torch.empty(0, device=device)).removesuffix("; use ssm_backend: auto")
-        for op, _ in ops
-        for b in tried
+        (op, b): why_not(op, b, probe(device)).removesuffix("; use ssm_backend: auto") for op, _ in ops for b in tried
     }
 
     def check(need: Need, backend: str, dtype: str) -> Check:
