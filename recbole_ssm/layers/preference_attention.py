@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_ssm.ops import preference_attention
+from recbole_ssm.ops import preference_attention, preference_directions
 from recbole_ssm.ops.packing import rows
 
 
@@ -83,10 +83,10 @@ class PreferenceAwareAttention(nn.Module):
             ``[T, d]`` or ``[R, d]``.
         """
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
-        feature, similarity_weight = self._similarity(item_embedding)
+        direction, similarity_weight = self._similarity(item_embedding)
         context = preference_attention(
-            q, k, v, feature, self.score_weight, similarity_weight, self.threshold,
-            cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all",
+            q, k, v, direction, self.score_weight, similarity_weight, self.threshold,
+            cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all", normalized=True,
         ).flatten(-2)  # fmt: skip
         context = context if last else rows(context, read)
         gated_context = context * F.silu(self.context_gate(context))
@@ -94,8 +94,8 @@ class PreferenceAwareAttention(nn.Module):
         return self.norm(rows(x, read) + out if self.residual else out)
 
     def _similarity(self, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Features to compare, ``[T, H, d]``, and their weight, ``[H]``; nothing to compare, ``[T, 1, 1]``, without."""
+        """Directions to compare, ``[T, H, d]``, and their weight, ``[H]``; zeros, ``[T, 1, 1]``, where none are."""
         if not self.use_similarity:
             return item_embedding.new_zeros(len(item_embedding), 1, 1), torch.zeros_like(self.score_weight)
-        gated = item_embedding * torch.sigmoid(self.embedding_gate(item_embedding))
-        return gated[:, None] * self.metric, self.similarity_weight
+        directions = preference_directions(item_embedding, self.embedding_gate(item_embedding), self.metric)
+        return directions, self.similarity_weight

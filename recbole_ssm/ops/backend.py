@@ -12,8 +12,13 @@ from recbole_ssm.errors import BackendUnavailable
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "mamba_ssm")
 
+NO_KERNEL = "there is no such kernel; use ssm_backend: auto"
+
 # Oldest Triton that the kernels are made for.
 TRITON = (3, 4)
+
+# Ops that a CPU runs as their reference, in torch's own operators.
+WITHOUT_CPU = ("expert_diversity", "preference_directions")
 
 # What the adapters need, and how to get it.
 EXTERNAL = {
@@ -32,8 +37,8 @@ def _announce(op: str, backend: str, device: str, dtype: torch.dtype) -> None:
 def choose(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "") -> str:
     """Resolve a requested backend for one op.
 
-    ``auto`` takes ``triton`` on a GPU and the compiled ``cpu`` path on a CPU; where that cannot run, and for float64,
-    ``reference``. What it takes is logged once.
+    ``auto`` takes ``triton`` on a GPU and the compiled ``cpu`` path on a CPU; where that cannot run or there is none,
+    and for float64, ``reference``. What it takes is logged once.
 
     Args:
         op: the op's name.
@@ -65,11 +70,11 @@ def why_not(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = 
     if tensor.dtype == torch.float64:
         return "it computes in float32; use ssm_backend: reference for float64"
     if backend == "cpu":
-        return _without_cpu(tensor)
+        return NO_KERNEL if op in WITHOUT_CPU else _without_cpu(tensor)
     if backend == "triton":
         return _without_triton(tensor)
     if op not in EXTERNAL:
-        return "there is no such kernel; use ssm_backend: auto"
+        return NO_KERNEL
     module, install = EXTERNAL[op]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed; run: {install}"

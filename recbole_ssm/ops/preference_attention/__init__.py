@@ -21,6 +21,7 @@ def preference_attention(
     cu_seqlens: Tensor,
     window: int | None = None,
     queries: str = "all",
+    normalized: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Attend causally, with scores that add a thresholded cosine similarity of the items.
@@ -44,6 +45,8 @@ def preference_attention(
         cu_seqlens: borders of the sequences, int32 ``[S+1]``.
         window: attend to at most this many rows, the query's own included; all where absent.
         queries: ``all``, or ``last`` for the last row of each sequence only (every sequence must have one).
+        normalized: promise that features are of unit length or 0, as :func:`recbole_ssm.ops.preference_directions`
+            makes them; their cosines are then taken as inner products.
         backend: see :mod:`recbole_ssm.ops.backend`; ``mamba_ssm`` has no such kernel.
 
     Returns:
@@ -72,7 +75,7 @@ def preference_attention(
     # Scores, cosines and softmax are taken in float32 whatever the dtype of the activations.
     compute = torch.promote_types(q.dtype, torch.float32)
     scaled_q = q.to(compute) * (score_weight.to(compute)[:, None] / q.shape[2] ** 0.5)
-    direction = F.normalize(feature.to(compute), dim=-1)
+    direction = feature.to(compute) if normalized else F.normalize(feature.to(compute), dim=-1)
     w2, tau = similarity_weight.to(compute), threshold.to(compute)
     if chosen == "triton":
         from recbole_ssm.ops.preference_attention.triton import preference_attention_triton
