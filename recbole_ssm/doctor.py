@@ -25,6 +25,9 @@ MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
 
+# The ops that ssm_backend is for.
+NAMED = ("selective_scan", "ssd", "causal_conv")
+
 # Nobody waits for training meanwhile, and on a CPU the reference takes its time.
 LIMIT_S = 60.0
 
@@ -57,8 +60,12 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]
         metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}
+        if settings["use_similarity"]:
+            found.append(("preference_features", {"H": heads, "E": size}))
         window = {"window": settings["attention_window"]} if settings["attention_window"] else {}
         found.append(("preference_attention", {"H": heads, "P": size // heads, **metrics, **window}))
+    if model == "STARRec" and settings["use_moe"] and settings["diversity_weight"]:
+        found.append(("expert_diversity", {"K": settings["experts_per_token"] or settings["n_experts"], "E": size}))
     return [(op, tuple(sizes.items())) for op, sizes in found]
 
 
@@ -75,13 +82,14 @@ def prefetch(config: Any) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported() else "float16"
     dtype = half if config["enable_amp"] else "float32"
-    named = config["ssm_backend"] not in (None, "auto")  # which is not for the attention
+    named = config["ssm_backend"] not in (None, "auto")
     checks = []
     for op, sizes in needs(config["model"], config):
-        if named and op != "preference_attention":
+        if named and op in NAMED:
             continue
         able = [backend for backend in preferred(device) if not why_not(op, backend, probe(device, dtype))]
-        checks += [Check(op, first, str(device), dtype, sizes, tf32=tf32_allowed(device)) for first in able[:1]]
+        taken = "float32" if op == "preference_features" else dtype  # of embeddings, which autocast leaves alone
+        checks += [Check(op, first, str(device), taken, sizes, tf32=tf32_allowed(device)) for first in able[:1]]
     verdicts(checks)
 
 

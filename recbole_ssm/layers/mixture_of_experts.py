@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.distributed import mean_over_processes
-from recbole_ssm.layers.losses import mean_over_targets
+from recbole_ssm.ops import expert_diversity
+
+__all__ = ["Mixture", "MixtureOfExperts", "expert_diversity", "load_balance"]
 
 
 class Mixture(NamedTuple):
@@ -90,25 +92,6 @@ class MixtureOfExperts(nn.Module):
         row[slot] = torch.arange(len(order), device=y.device) // k
         out = self._experts(y.index_select(0, row).unflatten(0, (n_experts, width)))
         return out.flatten(0, 1).index_select(0, slot).unflatten(0, (count, k)).transpose(0, 1)
-
-
-def expert_diversity(experts: Tensor, weights: Tensor | None = None) -> Tensor:
-    """How alike the experts answer: the mean over sequences and pairs ``i != j`` of ``cos(expert_i, expert_j)^2``.
-
-    0 where all experts' outputs are orthogonal, 1 where they are parallel. The paper names a diversity regulariser
-    (``L_div``) without giving its form; this is ours.
-
-    Args:
-        experts: outputs, ``[E, M, d]``; of each representation's chosen experts, ``[k, M, d]``.
-        weights: what each representation counts, ``[M]``, summing to 1; all alike where absent.
-    """
-    count = experts.shape[0]
-    if count < 2:
-        return experts.new_zeros(())
-    direction = F.normalize(experts.to(torch.promote_types(experts.dtype, torch.float32)), dim=-1)
-    cosine = torch.einsum("imd,jmd->mij", direction, direction)
-    off_diagonal = cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)
-    return mean_over_targets(off_diagonal, weights) / (count * (count - 1))
 
 
 def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_ssm.ops import preference_attention
+from recbole_ssm.ops import preference_attention, preference_features
 from recbole_ssm.ops.packing import rows
 
 
@@ -97,5 +97,5 @@ class PreferenceAwareAttention(nn.Module):
         """Features to compare, ``[T, H, d]``, and their weight, ``[H]``; nothing to compare, ``[T, 1, 1]``, without."""
         if not self.use_similarity:
             return item_embedding.new_zeros(len(item_embedding), 1, 1), torch.zeros_like(self.score_weight)
-        gated = item_embedding * torch.sigmoid(self.embedding_gate(item_embedding))
-        return gated[:, None] * self.metric, self.similarity_weight
+        feature = preference_features(item_embedding, self.embedding_gate(item_embedding), self.metric)
+        return feature, self.similarity_weight

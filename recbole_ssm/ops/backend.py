@@ -14,11 +14,16 @@ from recbole_ssm.ops import self_check
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "mamba_ssm")
 
+NO_KERNEL = "there is no such kernel; use ssm_backend: auto"
+
 # Oldest Triton that the kernels are made for.
 TRITON = (3, 4)
 
 # Types of device on which ``auto`` takes only what has passed its check there; what numba compiles, tests hold to it.
 CHECKED_DEVICES = ("cuda",)
+
+# Ops that a CPU runs as their reference, in torch's own operators.
+WITHOUT_CPU = ("expert_diversity", "preference_features")
 
 # What the adapters need, and how to get it.
 EXTERNAL = {
@@ -138,11 +143,11 @@ def why_not(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = 
     if tensor.dtype == torch.float64:
         return "it computes in float32; use ssm_backend: reference for float64"
     if backend == "cpu":
-        return _without_cpu(tensor)
+        return NO_KERNEL if op in WITHOUT_CPU else _without_cpu(tensor)
     if backend == "triton":
         return _without_triton(tensor)
     if op not in EXTERNAL:
-        return "there is no such kernel; use ssm_backend: auto"
+        return NO_KERNEL
     module, install = EXTERNAL[op]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed; run: {install}"

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops import causal_conv, preference_attention, selective_scan, selective_scan_last, ssd, ssd_last
+from recbole_ssm.ops import (
+    causal_conv,
+    expert_diversity,
+    preference_attention,
+    preference_features,
+    selective_scan,
+    selective_scan_last,
+    ssd,
+    ssd_last,
+)
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 # A backend may err this many times as much as the reference does at the same dtype, or as that dtype rounds: another
@@ -46,11 +55,13 @@ OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "preference_attention": preference_attention,
 }
-# And their forms for the last rows alone.
-FUNCTIONS: dict[str, Callable] = {**OPS, "selective_scan_last": selective_scan_last, "ssd_last": ssd_last}
+# Those over single rows, which know of no sequences.
+ROWWISE: dict[str, Callable] = {"preference_features": preference_features, "expert_diversity": expert_diversity}
+# And the forms for the last rows alone.
+FUNCTIONS = {**OPS, **ROWWISE, "selective_scan_last": selective_scan_last, "ssd_last": ssd_last}
 
 # Inputs that have no rows: a model's weights, which stay float32 where autocast rounds the activations.
-WEIGHTS = {"A", "D", "dt_bias", "weight", "bias", "score_weight", "similarity_weight"}
+WEIGHTS = {"A", "D", "dt_bias", "weight", "bias", "score_weight", "similarity_weight", "metric"}
 
 Sizes = dict[str, int]
 
@@ -90,6 +101,14 @@ def _attention_shapes(total: int, sequences: int, H: int, P: int, M: int, E: int
     return {"q": row, "k": row, "v": row, "feature": (total, M, E), "score_weight": (H,), "similarity_weight": (H,)}
 
 
+def _features_shapes(total: int, sequences: int, H: int, E: int) -> dict[str, tuple[int, ...]]:
+    return {"embedding": (total, E), "gate_logits": (total, E), "metric": (H, E)}
+
+
+def _diversity_shapes(total: int, sequences: int, K: int, E: int) -> dict[str, tuple[int, ...]]:
+    return {"experts": (K, total, E)}
+
+
 SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
     "selective_scan": _scan_shapes,
     "selective_scan_last": _scan_last_shapes,
@@ -97,6 +116,8 @@ SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
     "ssd_last": _ssd_last_shapes,
     "causal_conv": _conv_shapes,
     "preference_attention": _attention_shapes,
+    "preference_features": _features_shapes,
+    "expert_diversity": _diversity_shapes,
 }
 
 
@@ -128,7 +149,8 @@ def make(
         name: torch.randn(shape, generator=generator, dtype=torch.float32)
         for name, shape in SHAPES[op](int(lengths.sum()), len(lengths), **sizes).items()
     }
-    fixed["cu_seqlens"] = cu_seqlens_from_lengths(lengths).to(device)
+    if op not in ROWWISE:
+        fixed["cu_seqlens"] = cu_seqlens_from_lengths(lengths).to(device)
     if "A" in drawn:
         drawn["A"] = -drawn["A"].abs()
         # Steps of 0.01 to 1, as trained models take them, so that states live for many rows.
