@@ -89,9 +89,22 @@ def count_launches(step: Callable[[], object], device: str = "meta") -> Counter[
         device: ``meta``, or ``cpu`` to count what runs there.
     """
     launches = _Launches(device)
-    with kernels_counted(launches.counts), optimizers_fused(), _AsOnAGPU(), launches:
+    with kernels_counted(launches.counts), optimizers_fused(), _autocast_on_meta(), _AsOnAGPU(), launches:
         step()
     return launches.counts
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Let code ask for autocast on ``meta``, and switch it off there, as on any device; there is none to be on."""
+
+    def as_of_cpu(function):
+        return lambda device, *args, **kwargs: function("cpu" if device == "meta" else device, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+            stack.enter_context(mock.patch.object(torch, name, as_of_cpu(getattr(torch, name))))
+        yield
 
 
 @contextmanager

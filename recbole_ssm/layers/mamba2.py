@@ -1,5 +1,7 @@
 """Mamba-2 block (arXiv 2405.21060, section 7) over packed sequences."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,20 +44,40 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`recbole_ssm.layers.Mamba.forward`."""
-        z = self._project_gate(rows(x, read))
-        xBC, dt = self._project(x)
-        x, B, C = self._split(self._convolve(xBC, self.conv.weight[:, 0], self.conv.bias, cu_seqlens))
+        return self.out_proj(self.inner(x, cu_seqlens, read, last))
+
+    def inner(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        read: Tensor | None = None,
+        last: bool = False,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """What the block's last projection, ``out_proj``, is of: ``[R, H P]``, or ``[T, H P]`` where all rows are read.
+
+        Args:
+            x: ``[T', d_model]``.
+            cu_seqlens: borders of the sequences, int32 ``[S+1]``.
+            read: see :meth:`recbole_ssm.layers.Mamba.forward`.
+            last: see there.
+            order: row of ``x`` that each of the sequences' is, integer ``[T]``, where they are not the same. A row that
+                several are is projected once.
+        """
+        if read is None:
+            z, xBC, dt = rows(self.in_proj(x), order).split([self.d_inner, *self._widths], dim=-1)
+        else:
+            into_gate, into_scan = self.in_proj.weight.split([self.d_inner, sum(self._widths)])
+            z = F.linear(x.index_select(0, read if order is None else order.index_select(0, read)), into_gate)
+            xBC, dt = rows(F.linear(x, into_scan), order).split(self._widths, dim=-1)
+        x, B, C = self._split(self._convolve(xBC, self.conv.weight.squeeze(1), self.conv.bias, cu_seqlens))
+        settings: dict[str, Any] = {
+            "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "cu_seqlens": cu_seqlens,
+            "backend": self.backend,
+        }  # fmt: skip
         if last:
-            x_read, C = rows(x, read), rows(C, read)
-            y = ssd_last(
-                x, dt, self._rates(), B[:, None], C[:, None], self.dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens
-            )
-            return self._gate(y + self.D[:, None] * x_read, z)
-        y = ssd(
-            x, dt, self._rates(), B[:, None], C[:, None], self.D, self.dt_bias,
-            dt_softplus=True, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
-        return self._gate(rows(y, read), z)
+            return self._gate(ssd_last(x, dt, self._rates(), B[:, None], rows(C, read)[:, None], **settings), z)
+        return self._gate(rows(ssd(x, dt, self._rates(), B[:, None], C[:, None], **settings), read), z)
 
     def read_prefixes_in_reverse(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """The block's last output over each prefix of each sequence, read from its end to its beginning, in one pass.
@@ -74,9 +96,11 @@ class Mamba2(nn.Module):
         """
         position = positions(cu_seqlens).long()
         first = torch.arange(len(x), device=x.device) - position
-        starts = cu_seqlens[:-1].long()
-        z = self._project_gate(x.index_select(0, starts[starts < len(x)]))  # without empty sequences at the end
-        xBC, dt = self._project(x)
+        into_gate, into_scan = self.in_proj.weight.split([self.d_inner, sum(self._widths)])
+        # Of an empty sequence, which begins where there may be no row, nothing is read.
+        starts = cu_seqlens[:-1].clamp_max(len(x) - 1) if len(x) else cu_seqlens[:0]
+        z = F.linear(x.index_select(0, starts), into_gate)
+        xBC, dt = F.linear(x, into_scan).split(self._widths, dim=-1)
         weight = self._weights_from_first(dt, position, cu_seqlens)
         seen = self._convolve_prefixes(xBC, cu_seqlens)
         *own, shared = seen.unbind(1)
@@ -99,16 +123,12 @@ class Mamba2(nn.Module):
             share = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
             y = y + share[..., None] * x
         sequence = rows(sequence_ids(cu_seqlens), read)
-        return self._gate(rows(y, read).to(xBC.dtype), z.index_select(0, sequence))
+        return self.out_proj(self._gate(rows(y, read).to(xBC.dtype), z.index_select(0, sequence)))
 
-    def _project_gate(self, x: Tensor) -> Tensor:
-        """``[R, d_model]`` to the gate ``[R, H P]``."""
-        return F.linear(x, self.in_proj.weight[: self.d_inner])
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[T, d_model]`` to what is to be convolved, ``[T, H P + 2 N]``, and raw step sizes ``[T, H]``."""
-        projected = F.linear(x, self.in_proj.weight[self.d_inner :])
-        return projected.split([self.d_inner + 2 * self.d_state, len(self.D)], dim=-1)
+    @property
+    def _widths(self) -> list[int]:
+        """Of what is projected beside the gate: to be convolved, ``H P + 2 N``, and the raw step sizes, ``H``."""
+        return [self.d_inner + 2 * self.d_state, len(self.D)]
 
     def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         return causal_conv(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
@@ -122,8 +142,8 @@ class Mamba2(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
-        """``y [..., H, P]`` and its gate to the block's output."""
-        return self.out_proj(self.norm((y.flatten(-2) * F.silu(z)).to(self.norm.weight.dtype)))
+        """``y [..., H, P]`` through its gate, ``[..., H P]``."""
+        return self.norm((y.flatten(-2) * F.silu(z)).to(self.norm.weight.dtype))
 
     def _convolve_prefixes(self, xBC: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Convolutions of reversed prefixes near their ends, ``[T, D]`` to ``[T, K, D]``.
@@ -131,7 +151,7 @@ class Mamba2(nn.Module):
         At row ``t`` the ``o``-th is that of item ``t-o`` in the prefix that ends with ``t``: over the items ``t-o`` to
         ``t``, of which the filter's last column weighs the first. It is meaningless where ``t-o`` is no item.
         """
-        filters = self.conv.weight[:, 0]
+        filters = self.conv.weight.squeeze(1)
         taps = filters.shape[1]
         # In a causal convolution's order, the o-th [D, K] of them: K-1-o zeros, then the last o+1 columns, reversed.
         filters = F.pad(filters.flip(1), (taps - 1, 0)).unfold(1, taps, 1).transpose(0, 1)

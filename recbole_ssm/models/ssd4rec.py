@@ -6,16 +6,28 @@ whose; in training a share ``rho`` of the input items is masked. Bi-SSD layer (s
 position-wise feed-forward network. The last position's state scores the items (section 3.4).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
 from recbole_ssm.models.base import PackedRecommender, init_weights
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths, flip_rows, last_rows, pad, rows, single_rows
+from recbole_ssm.ops.both_ways import both_ways
+from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, rows, single_rows
 
 MASK_ITEM = 0
 BACKWARD_STREAMS = ("final", "aligned")
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def equal_lengths(count: int, length: int, device: torch.device) -> Tensor:
+    """Borders of ``count`` sequences of ``length`` rows each, int32 ``[count+1]``; not to be written to."""
+    cu_seqlens = length * torch.arange(count + 1, dtype=torch.int32, device=device)
+    know(cu_seqlens, Borders(torch.full((count,), length), device))
+    return cu_seqlens
 
 
 class BiSSDLayer(nn.Module):
@@ -41,24 +53,39 @@ class BiSSDLayer(nn.Module):
         self.feed_forward = FeedForward(size, dropout_prob, dropout_last=True)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False, each_prefix: bool = False
-    ) -> Tensor:
+        self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False,
+        streams: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`recbole_ssm.layers.Mamba.forward` for shapes.
 
-        With ``each_prefix`` a row gets what the last row of its prefix would get: of what comes after it, nothing.
+        ``streams`` are the rows as :func:`~recbole_ssm.ops.both_ways.both_ways` lays them out. Without, a bidirectional
+        layer gives each row what the last row of its prefix would get: of what comes after it, nothing.
         """
-        hidden = self.mamba(x, cu_seqlens, read, last) + rows(x, read)
-        if self.bidirectional and each_prefix:
-            hidden = hidden + self.beta * self._backward_of_prefixes(x, cu_seqlens, read)
-        elif self.bidirectional:
-            hidden = hidden + self.beta * self._backward(x, cu_seqlens, read, last)
+        residual = rows(x, read)
+        if self.bidirectional and streams is not None:
+            ahead, back = self._both_ways(x, cu_seqlens, streams, read, last)
+            # The projection is linear, so that one serves both.
+            hidden = self.mamba.out_proj(torch.add(ahead, back, alpha=self.beta)) + residual
+        else:
+            hidden = self.mamba(x, cu_seqlens, read, last) + residual
+            if self.bidirectional:
+                hidden = hidden + self.beta * self._backward_of_prefixes(x, cu_seqlens, read)
         return self.feed_forward(self.dropout(self.norm(hidden)))
 
-    def _backward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None, last: bool) -> Tensor:
-        flip = flip_rows(cu_seqlens)
+    def _both_ways(
+        self, x: Tensor, cu_seqlens: Tensor, streams: tuple[Tensor, Tensor], read: Tensor | None, last: bool
+    ) -> tuple[Tensor, ...]:
+        """What each direction gives the rows ``read``, before the projection; ``[R, H P]`` both."""
+        if self.flip_back and last:  # a last row comes first in reverse, and sees itself alone
+            alone = rows(x, read)
+            ahead = self.mamba.inner(x, cu_seqlens, read, last)
+            return ahead, self.mamba.inner(alone, single_rows(len(alone), x.device))
+        order, both = streams
         if self.flip_back:
-            read, last = rows(flip, read), False
-        return self.mamba(rows(x, flip), cu_seqlens, read, last)
+            ahead, back = self.mamba.inner(x, both, order=order).chunk(2)
+            return rows(ahead, read), back.index_select(0, rows(order[len(x) :], read))
+        read = None if read is None else torch.cat([read, read + len(x)])
+        return self.mamba.inner(x, both, read, last, order).chunk(2)
 
     def _backward_of_prefixes(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
         if not self.flip_back:
@@ -82,7 +109,8 @@ class SSD4Rec(PackedRecommender):
                 f"backward_stream is {config['backward_stream']!r}: choose one of {', '.join(BACKWARD_STREAMS)}."
             )
         self.var_len, self.mask_ratio = config["var_len"], config["mask_ratio"]
-        self.one_pass = self.var_len and (config["num_layers"] == 1 or not config["bidirectional"])
+        self.bidirectional = config["bidirectional"]
+        self.one_pass = self.var_len and (config["num_layers"] == 1 or not self.bidirectional)
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)  # row 0 embeds the mask
         self.dropout = nn.Dropout(config["dropout_prob"])
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12) if config["norm_embedding"] else None
@@ -101,9 +129,10 @@ class SSD4Rec(PackedRecommender):
         hidden = self.item_embedding(items)
         if self.norm is not None:
             hidden = self.norm(self.dropout(hidden))
+        streams = both_ways(cu_seqlens) if self.bidirectional and (last or not self.one_pass) else None
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, cu_seqlens)
-        return self.layers[-1](hidden, cu_seqlens, read, last, each_prefix=self.one_pass and not last)
+            hidden = layer(hidden, cu_seqlens, streams=streams)
+        return self.layers[-1](hidden, cu_seqlens, read, last, streams)
 
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""
@@ -114,5 +143,4 @@ class SSD4Rec(PackedRecommender):
         reversed_items = pad(items[flip_rows(cu_seqlens)], cu_seqlens)
         missing = self.max_seq_length - reversed_items.shape[1]
         fixed = nn.functional.pad(reversed_items, (0, max(0, missing)), value=MASK_ITEM).flip(1)
-        lengths = torch.full((len(fixed),), fixed.shape[1], device=items.device)
-        return fixed.flatten(), cu_seqlens_from_lengths(lengths)
+        return fixed.flatten(), equal_lengths(*fixed.shape, items.device)

@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 
+from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths, last_rows, positions
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths, flip_rows, last_rows, positions
 
 from ..conftest import build, small_config, write_dataset
+from ..launches import count_launches, optimizers_fused
 
 both_streams = pytest.mark.parametrize("backward_stream", ["final", "aligned"])
 
 
 def one_layer(**settings):
     """Of a model whose backward stream weighs as much as the forward one, so that its errors show."""
-    plain = {"num_layers": 1, "beta": 1.0, "dropout_prob": 0.0, "mask_ratio": 0.0}
-    _, model, _ = build("SSD4Rec", train_mode="sequence", **{**plain, **settings})
+    plain = {"num_layers": 1, "beta": 1.0, "dropout_prob": 0.0, "mask_ratio": 0.0, "train_mode": "sequence"}
+    _, model, _ = build("SSD4Rec", **{**plain, **settings})
     return model
 
 
@@ -62,6 +64,59 @@ def test_one_pass_equals_a_row_for_each_prefix(backward_stream, d_conv, norm_emb
     rates = {name: values.pop("layers.0.mamba.A_log") for name, values in (("one", actual), ("rows", expected))}
     assert_near({"A_log": rates["one"]}, {"A_log": rates["rows"]}, max(tolerance, 1e-6))
     assert_near(actual, expected, tolerance)
+
+
+@both_streams
+@pytest.mark.parametrize("last", [False, True])
+def test_two_layers_are_their_definition(backward_stream, last):
+    """Both directions run at once; here one after the other, each projected on its own."""
+    model = one_layer(backward_stream=backward_stream, num_layers=2, train_mode="prefix").double().eval()
+    items, cu_seqlens = random_items(model, [5, 1, 17, 2])
+    read = last_rows(cu_seqlens) if last else torch.tensor([0, 4, 9, 20])
+    flip = flip_rows(cu_seqlens)
+
+    def defined():
+        x = model.norm(model.item_embedding(items))
+        for layer in model.layers:
+            back = layer.mamba(x[flip], cu_seqlens)
+            back = back[flip] if backward_stream == "aligned" else back
+            x = layer.feed_forward(layer.norm(layer.mamba(x, cu_seqlens) + model.layers[0].beta * back + x))
+        return x[read]
+
+    actual = with_gradients(model, model.encode(items, cu_seqlens, read, last))
+    assert_near(actual, with_gradients(model, defined()), 1e-6)  # rates are float32
+
+
+@both_streams
+@pytest.mark.parametrize("var_len", [True, False])
+def test_a_training_step_reads_nothing_back_and_launches_little(backward_stream, var_len):
+    """As released: two layers, both directions, a row a target; 604 launches once."""
+    released = {"hidden_size": 256, "d_state": 64, "headdim": 16, "num_layers": 2, "ssm_backend": "triton"}
+    _, model, _ = build("SSD4Rec", backward_stream=backward_stream, var_len=var_len, **released)
+    model.to("meta").train()
+    rows = torch.ones(64, 200, dtype=torch.int64), torch.arange(1, 65), torch.ones(64, dtype=torch.int64)
+    batch = SequenceBatch.of_rows(*rows).filled(200).to("meta")
+    with optimizers_fused():
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model.calculate_loss(batch).backward()
+        optimizer.step()
+
+    count_launches(step)  # which makes the optimizer's state
+    launches = count_launches(step)
+    assert launches["ssd.last_triton._forward"] >= 1
+    assert launches.total() <= 220, launches
+
+
+@both_streams
+def test_one_pass_reads_nothing_back(backward_stream):
+    model = one_layer(backward_stream=backward_stream, ssm_backend="triton")
+    histories = SequenceBatch(*random_items(model, [30, 1, 7]), torch.tensor([3, 30, 37]), torch.ones(3).long())
+    batch = histories.filled(50).to("meta")
+    model.to("meta")
+    assert count_launches(lambda: model.calculate_loss(batch).backward())["ssd.triton._forward"] > 0
 
 
 @both_streams

@@ -170,8 +170,7 @@ def test_the_last_rows_alone(op, lengths, dtype, backend):
         return OPS[op](**inputs, **fixed, backend=backend)[rows]
 
     def alone(inputs):
-        chosen = {"backend": backend} if op == "selective_scan" else {}
-        return getattr(ops, f"{op}_last")(**{**inputs, "C": inputs["C"][rows]}, **fixed, **chosen)
+        return getattr(ops, f"{op}_last")(**{**inputs, "C": inputs["C"][rows]}, **fixed, backend=backend)
 
     inputs = {name: t for name, t in case.inputs.items() if name not in ("D", "z")}
     exact = {name: t for name, t in case.exact().items() if name not in ("D", "z")}

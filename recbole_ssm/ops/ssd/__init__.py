@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, single_rows
-from recbole_ssm.ops.ssd.reference import ssd_reference
+from recbole_ssm.ops.ssd.reference import ssd_last_reference, ssd_reference
 from recbole_ssm.ops.step_sizes import step_sizes
 
 
@@ -125,11 +125,13 @@ def ssd_last(
     dt_softplus: bool = False,
     *,
     cu_seqlens: Tensor,
+    D: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """:func:`ssd` (without skip) at the last row of each sequence alone: ``[S, H, P]``.
+    """:func:`ssd` at the last row of each sequence alone: ``[S, H, P]`` in ``x``'s dtype.
 
     A head's decay is a scalar, so the dual, attention-like form (arXiv 2405.21060, section 3) is a weighted sum of the
-    inputs: ``y = sum_j dt_j exp(A sum_{i>j} dt_i) (C . B_j) x_j``. It has no states, in plain torch on any device.
+    inputs: ``y = sum_j dt_j exp(A sum_{i>j} dt_i) (C . B_j) x_j + D x_last``. It has no states.
 
     Args:
         x: ``[T, H, P]``.
@@ -140,26 +142,41 @@ def ssd_last(
         dt_bias: ``[H]``.
         dt_softplus: whether ``dt`` passes a softplus.
         cu_seqlens: borders of the sequences, int32 ``[S+1]``; an empty sequence's output is 0.
+        D: skip weight, ``[H]``.
+        backend: as :func:`ssd`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an unknown backend.
+        BackendUnavailable: a backend that cannot run here.
     """
     check_packed(cu_seqlens, x=x, dt=dt, B=B)
     if C.shape != (len(cu_seqlens) - 1, *B.shape[1:]):
         raise ValueError(f"C is {list(C.shape)}, not {[len(cu_seqlens) - 1, *B.shape[1:]]}")
+    chosen = choose("ssd", backend, x)
+    if chosen == "triton":
+        from recbole_ssm.ops.ssd.last_triton import ssd_last_triton
+
+        return ssd_last_triton(x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens)
+    if not len(x):  # and so no last row either
+        return x.new_zeros(len(C), *x.shape[1:])
+    last, some = last_rows(cu_seqlens).clamp_min(0), (cu_seqlens.diff() > 0)[:, None, None]
+    if chosen == "mamba_ssm":  # which computes all rows, and each with a C of its own
+        C = C.index_select(0, sequence_ids(cu_seqlens)).to(B.dtype)
+        y = ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens=cu_seqlens, backend=chosen)
+        return some * y.index_select(0, last)
     compute = torch.promote_types(x.dtype, torch.float32)
+    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
         step = step_sizes(dt, dt_bias, dt_softplus, compute)
-        # One running sum over all sequences, in float64: differences within a sequence lose nothing to those before.
-        log_decay = (step.double() * A.double()).cumsum(0)
-        sequence = sequence_ids(cu_seqlens)
-        left = (
-            (log_decay.index_select(0, last_rows(cu_seqlens).index_select(0, sequence)) - log_decay).exp().to(compute)
-        )
-        affinity = (B.to(compute) * C.to(compute).index_select(0, sequence)).sum(-1)  # [T, G]
-        weight = step * left * affinity.repeat_interleave(x.shape[1] // B.shape[1], 1)
-        y = x.new_zeros(len(C), *x.shape[1:], dtype=compute)
-        return y.index_add(0, sequence, weight[..., None] * x.to(compute)).to(x.dtype)
+        if chosen == "cpu":
+            from recbole_ssm.ops.ssd.last_cpu import ssd_last_cpu
+
+            y = ssd_last_cpu(u, step, A, B, C, cu_seqlens)
+        else:
+            y = ssd_last_reference(u, step, A, B, C, cu_seqlens)
+        if D is not None:
+            y = y + some * (D.to(compute)[:, None] * u.index_select(0, last))
+    return y.to(x.dtype)
 
 
 def ssd_step(

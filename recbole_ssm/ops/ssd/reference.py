@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.packing import block_rows, length_blocks, sequence_lengths
+from recbole_ssm.ops.packing import block_rows, last_rows, length_blocks, sequence_ids, sequence_lengths
 
 # Entries of the decay matrices ([chunk, chunk] a head) worked on together: 16 MB in float32, which an allocator reuses
 # where it would return larger pieces to the system and fetch them anew.
@@ -93,3 +93,14 @@ def _ssd_padded(x, dt, A, B, C, state, chunk_size, return_final_state):
     # 4. What the state at a chunk's entry contributes to its outputs.
     y = y + (C @ torch.stack(entering, 1).mT) * log_decay.exp()[..., None]
     return joined(y), state.flatten(1, 2)
+
+
+def ssd_last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sum of :func:`recbole_ssm.ops.ssd_last`, without skip and softplus: ``[S, H, P]``."""
+    # One running sum over all sequences, in float64: differences within a sequence lose nothing to those before.
+    log_decay = (dt.double() * A.double()).cumsum(0)
+    sequence = sequence_ids(cu_seqlens)
+    left = (log_decay.index_select(0, last_rows(cu_seqlens).index_select(0, sequence)) - log_decay).exp().to(x.dtype)
+    affinity = (B * C.index_select(0, sequence)).sum(-1)  # [T, G]
+    weight = dt * left * affinity.repeat_interleave(x.shape[1] // B.shape[1], 1)
+    return x.new_zeros(len(C), *x.shape[1:]).index_add(0, sequence, weight[..., None] * x)
