@@ -318,6 +318,7 @@ class SequenceTrainer(DurableTraining):
         self._shared_loss = None
         self._loss_of: Any = None
         self._rate: float | None = None  # which the optimizer has
+        self._one = torch.ones((), device=self.device)
         self.graphs = self._graphed_steps() if self._wants_graphs(scaled) else None
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -389,7 +390,7 @@ class SequenceTrainer(DurableTraining):
         description = set_color(f"Train {epoch_idx:>5}", "pink")
         batches = made_ahead(train_data, self._prepared) if on_gpu or self.graphs is not None else train_data
         steps = tqdm(batches, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
-        total: Any = 0.0
+        total: Any = None
         for step, batch in enumerate(steps):
             # A function of what is done alone, so that a resumed run goes on exactly.
             progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
@@ -402,7 +403,8 @@ class SequenceTrainer(DurableTraining):
                 packs = isinstance(self.model, PackedRecommender)
                 terms = self._backward(batch if packs else batch.to(self.device), weight)
                 self._update()
-            total = total + terms.double() * (weight / world_size())
+            total = torch.zeros_like(terms, dtype=torch.float64) if total is None else total
+            total.add_(terms, alpha=weight / world_size())
             if on_gpu and step % STEPS_PER_CHECK == 0:
                 self._check_nan(total.sum())
             if show_progress and self.gpu_available:
@@ -430,15 +432,18 @@ class SequenceTrainer(DurableTraining):
         self.optimizer.zero_grad()
         with self._autocast(), weighted(weight):
             losses = self._loss_of(batch)
-        terms = losses.reshape(1) if not isinstance(losses, tuple) else torch.stack(losses)
-        loss = losses if not isinstance(losses, tuple) else terms.sum()
+        losses = losses if isinstance(losses, tuple) else (losses,)
+        terms = torch.stack([loss.detach() for loss in losses])
         if self.device.type == "cpu":
-            self._check_nan(loss)
-        self.scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+            self._check_nan(terms.sum())
+        if weight == 1.0 and not self.scaler.is_enabled():
+            torch.autograd.backward(losses, [self._one.to(loss.dtype) for loss in losses])
+        else:
+            self.scaler.scale(torch.stack(losses).sum() * weight).backward()
         if self.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-        return terms.detach()
+        return terms
 
     def _loss(self, batch: Any) -> Any:
         if not self.enable_amp or not isinstance(self.model, PackedRecommender):

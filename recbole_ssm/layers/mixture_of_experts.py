@@ -114,4 +114,4 @@ def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | N
         (count, k), each = chosen.shape, share.new_ones(chosen.shape)
         each = each / max(1, count * k) if weights is None else each * (weights / k)[:, None]
         used = mean_over_processes(torch.zeros_like(share).index_add(0, chosen.flatten(), each.flatten()))
-    return len(share) * (used * share).sum() - 1
+    return len(share) * torch.dot(used, share) - 1

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from recbole_ssm.errors import BackendUnavailable
-from recbole_ssm.ops import expert_diversity, preference_attention, preference_features
+from recbole_ssm.ops import expert_diversity, preference_features
 
 from ..launches import count_launches
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from benchmarks.cases import ALLOWED, errors, make, results
+
 from recbole_ssm.ops import ssd, ssd_last
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

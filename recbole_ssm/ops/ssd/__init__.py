@@ -152,7 +152,8 @@ def ssd_last(
     check_packed(cu_seqlens, x=x, dt=dt, B=B)
     if C.shape != (len(cu_seqlens) - 1, *B.shape[1:]):
         raise ValueError(f"C is {list(C.shape)}, not {[len(cu_seqlens) - 1, *B.shape[1:]]}")
-    chosen = choose("ssd", backend, x)
+    sizes = {"H": x.shape[1], "P": x.shape[2], "G": B.shape[1], "N": B.shape[2]}
+    chosen = choose("ssd", backend, x, sizes)
     if chosen == "triton":
         from recbole_ssm.ops.ssd.last_triton import ssd_last_triton
 
