@@ -27,7 +27,7 @@ class _AsOnAGPU(TorchFunctionMode):
     """Functions that are one operator on a GPU, and several elsewhere."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return {F.dropout: _dropout, F.rms_norm: _rms_norm}.get(func, func)(*args, **(kwargs or {}))
+        return _ON_A_GPU.get(func, func)(*args, **(kwargs or {}))
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -37,6 +37,13 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     # One operator each way, as the fused RMSNorm that torch has on a GPU since 2.9; only its shapes are the same.
     return F.layer_norm(x, normalized_shape, weight, None, eps or 0.0)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
+
+
+_ON_A_GPU = {F.dropout: _dropout, F.rms_norm: _rms_norm, F.scaled_dot_product_attention: _attention}
 
 
 class _Launches(TorchDispatchMode):
