@@ -13,6 +13,7 @@ from recbole_ssm.models.sequence_mode import CAUSAL_MODELS, SequenceMode
 from recbole_ssm.trainer import get_trainer
 
 from ..conftest import build, random_rows, small_config, write_dataset
+from ..launches import count_launches, optimizers_fused
 
 SMALL = {
     "hidden_size": 16, "inner_size": 32, "embedding_size": 16, "n_heads": 2, "train_batch_size": 10_000,
@@ -32,11 +33,19 @@ def recbole_model(name, mode, **settings):
     return build(name, **SMALL, **settings)
 
 
+def padded_by(places, monkeypatch):
+    """Blocks of so many places; where that is None all histories in one, as on a GPU."""
+    if places is None:
+        monkeypatch.setattr(SequenceMode, "_in_blocks", staticmethod(lambda _: False))
+    else:
+        monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
+
+
 @pytest.mark.parametrize("name", CAUSAL_MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("places", [1, 100, 10_000])
+@pytest.mark.parametrize("places", [1, 100, 10_000, None])
 def test_one_pass_equals_recbole_rows(name, loss, places, monkeypatch):
-    monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
+    padded_by(places, monkeypatch)
     _, model, (histories, _, _) = recbole_model(name, "sequence", **LOSSES[loss])
     _, plain, (rows, _, _) = recbole_model(name, None, **LOSSES[loss])
     assert isinstance(model, SequenceMode)
@@ -73,14 +82,73 @@ def row_of(model, batch, m, k):
 
 
 @pytest.mark.parametrize("name", CAUSAL_MODELS)
-@pytest.mark.parametrize("places", [1, 100, 10_000])
+@pytest.mark.parametrize("places", [1, 100, 10_000, None])
 def test_scores_are_the_models_own(name, places, monkeypatch):
-    monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
+    padded_by(places, monkeypatch)
     _, model, (_, valid_data, _) = recbole_model(name, "sequence", **LOSSES["CE"])
     _, plain, (_, rows, _) = recbole_model(name, None, **LOSSES["CE"])
     plain.load_state_dict(model.state_dict())
     ours, theirs = next(iter(valid_data))[0], next(iter(rows))[0]
     torch.testing.assert_close(model.eval().full_sort_predict(ours), plain.eval().full_sort_predict(theirs))
+
+
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_a_filled_batch_is_the_batch_itself(name):
+    """Inert windows, some of them empty, and inert targets change neither the loss nor a gradient."""
+    _, model, (histories, _, _) = recbole_model(name, "sequence", **LOSSES["CE"])
+    assert model.fillable
+    model.double()
+    (batch,) = list(histories)
+    filled = batch.filled(30)
+    assert len(filled) > len(batch)
+    assert len(filled.items) > len(batch.items)
+    assert len(filled.cu_seqlens) > len(batch.cu_seqlens)
+    found = []
+    for each in (batch, filled):
+        model.zero_grad()
+        loss = model.calculate_loss(each)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_mean_over_pairs_cannot_leave_targets_out():
+    _, model, _ = recbole_model("SASRec", "sequence", **LOSSES["BPR"])
+    assert not model.fillable
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_training_step_on_a_gpu_reads_nothing_back_and_launches_little(filled):
+    """Two layers; 998 launches once, in blocks of similar length."""
+    _, model, (histories, _, _) = recbole_model("SASRec", "sequence", **LOSSES["CE"])
+    assert model.n_layers == 2
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.to("meta").train()
+    (batch,) = list(histories)
+    batch = (batch.filled(30) if filled else batch).to("meta")
+    with optimizers_fused():
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model.calculate_loss(batch).backward()
+        optimizer.step()
+
+    count_launches(step)  # which makes the optimizer's state
+    launches = count_launches(step)
+    assert launches["native_dropout"] == 5
+    assert launches.total() <= 130, launches
+
+
+def test_scoring_on_a_gpu_reads_nothing_back():
+    _, model, (_, valid_data, _) = recbole_model("SASRec", "sequence", **LOSSES["CE"])
+    model.to("meta").eval()
+    rows = {name: t.to("meta") for name, t in next(iter(valid_data))[0].interaction.items()}
+    launches = count_launches(lambda: model.full_sort_predict(rows))
+    assert launches["_scaled_dot_product_efficient_attention"] == model.n_layers
 
 
 def test_a_run_trains_and_its_checkpoint_comes_back():
