@@ -94,8 +94,10 @@ class MixtureOfExperts(nn.Module):
         return out.flatten(0, 1).index_select(0, slot).unflatten(0, (count, k)).transpose(0, 1)
 
 
-def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """How unevenly the experts are used, ``E sum_i f_i P_i - 1`` with ``P_i`` the mean gate of expert ``i``.
+def load_balance(
+    gate: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """How unevenly the experts are used, ``E sum_i f_i P_i - 1`` with ``P_i`` the mean gate of expert ``i``; times ``scale``.
 
     Where all experts take part ``f = P``, and this is the squared coefficient of variation of their shares of the
     gate's mass (the importance loss of arXiv 1701.06538, eq. 6 and 7). Where some are chosen, ``f_i`` is the share of
@@ -106,6 +108,7 @@ def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | N
         gate: ``[M, E]``, rows summing to 1.
         chosen: int64 ``[M, k]``.
         weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
+        scale: a factor.
     """
     exact = torch.promote_types(gate.dtype, torch.float32)
     share = gate.mean(0, dtype=exact) if weights is None else weights.to(exact) @ gate.to(exact)
@@ -114,4 +117,4 @@ def load_balance(gate: Tensor, chosen: Tensor | None = None, weights: Tensor | N
         (count, k), each = chosen.shape, share.new_ones(chosen.shape)
         each = each / max(1, count * k) if weights is None else each * (weights / k)[:, None]
         used = mean_over_processes(torch.zeros_like(share).index_add(0, chosen.flatten(), each.flatten()))
-    return len(share) * torch.dot(used, share) - 1
+    return (scale * len(share)) * torch.dot(used, share) - scale

@@ -141,7 +141,7 @@ class STARRec(PackedRecommender):
             hidden = mixed.output
         terms = [self.ranking_loss(hidden, positives, negatives, weights)]
         if self.diversity_weight and mixed is not None:
-            terms.append(self.diversity_weight * expert_diversity(mixed.experts, weights))
+            terms.append(expert_diversity(mixed.experts, weights, self.diversity_weight))
         if self.balance_weight and mixed is not None:
-            terms.append(self.balance_weight * load_balance(mixed.gate, mixed.chosen, weights))
+            terms.append(load_balance(mixed.gate, mixed.chosen, weights, self.balance_weight))
         return tuple(terms) if len(terms) > 1 else terms[0]

@@ -90,7 +90,7 @@ def test_diversity_is_as_exact_as_the_reference(E, M, d, weighted, dtype):
     weights = weights / weights.sum() if weighted else None
 
     def op(experts, backend):
-        return expert_diversity(experts, weights, backend=backend)
+        return expert_diversity(experts, weights, 0.3, backend=backend)
 
     assert_as_exact_as_the_reference(op, [experts_of(E, M, d, dtype)])
 
@@ -225,7 +225,7 @@ for capability in map(int, sys.argv[1:]):
             preference_features_triton(x, x, metric).sum().backward()
         for sizes in ([8, 64], [8, 128], [64, 512]):
             experts = torch.empty(sizes[0], 5, sizes[1], dtype=dtype, requires_grad=True)
-            expert_diversity_triton(experts, torch.empty(5) if sizes[1] == 64 else None)
+            expert_diversity_triton(experts, torch.empty(5) if sizes[1] == 64 else None, 0.5)
 """
 
 

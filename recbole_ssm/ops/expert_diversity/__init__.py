@@ -6,15 +6,18 @@ from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.expert_diversity.reference import expert_diversity_reference
 
 
-def expert_diversity(experts: Tensor, weights: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def expert_diversity(
+    experts: Tensor, weights: Tensor | None = None, scale: float = 1.0, *, backend: str = "auto"
+) -> Tensor:
     """How alike the experts answer: the mean over sequences and pairs ``i != j`` of ``cos(expert_i, expert_j)^2``.
 
-    0 where all experts' outputs are orthogonal, 1 where they are parallel. The paper names a diversity regulariser
-    (``L_div``) without giving its form; this is ours.
+    0 where all experts' outputs are orthogonal, 1 where they are parallel; times ``scale``. The paper names a diversity
+    regulariser (``L_div``) without giving its form; this is ours.
 
     Args:
         experts: outputs, ``[E, M, d]``; of each representation's chosen experts, ``[k, M, d]``.
         weights: what each representation counts, ``[M]``, summing to 1, a constant; all alike where absent.
+        scale: a factor.
         backend: see :mod:`recbole_ssm.ops.backend`; only ``reference`` and ``triton`` have this op.
 
     Returns:
@@ -35,5 +38,5 @@ def expert_diversity(experts: Tensor, weights: Tensor | None = None, *, backend:
     if choose("expert_diversity", backend, experts, sizes) == "triton":
         from recbole_ssm.ops.expert_diversity.triton import expert_diversity_triton
 
-        return expert_diversity_triton(experts, weights)
-    return expert_diversity_reference(experts, weights)
+        return expert_diversity_triton(experts, weights, scale)
+    return scale * expert_diversity_reference(experts, weights)

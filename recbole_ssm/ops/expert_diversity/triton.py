@@ -21,7 +21,7 @@ MOST_WARPS = 16
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _loss_and_gradient(
-    experts, weights, losses, gradient, n_rows, expert_stride, row_stride,
+    experts, weights, losses, gradient, scale, n_rows, expert_stride, row_stride,
     E: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
@@ -36,7 +36,7 @@ def _loss_and_gradient(
         weight = tl.load(weights + m).to(tl.float32)
     else:
         weight = 1.0 / n_rows.to(tl.float32)
-    weight = weight / (E * (E - 1))
+    weight = scale * weight / (E * (E - 1))
     squares = tl.zeros([BLOCK_E], tl.float32)
     for i in range(E):
         own = tl.load(one, mask=inside, other=0.0).to(tl.float32)
@@ -58,7 +58,7 @@ def _loss_and_gradient(
 
 class _ExpertDiversity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, experts, weights):
+    def forward(ctx, experts, weights, scale):
         experts = experts if experts.stride(-1) == 1 else experts.contiguous()
         n_experts, n_rows, width = experts.shape
         losses = experts.new_empty(n_rows, dtype=torch.float32)
@@ -72,7 +72,7 @@ class _ExpertDiversity(torch.autograd.Function):
             }  # fmt: skip
             warps = max(1, min(MOST_WARPS, sizes["BLOCK_E"] * sizes["BLOCK_D"] // ELEMENTS_PER_WARP))
             _loss_and_gradient[(n_rows,)](
-                experts, weights, losses, gradient, n_rows, experts.stride(0), experts.stride(1),
+                experts, weights, losses, gradient, scale, n_rows, experts.stride(0), experts.stride(1),
                 **sizes, num_warps=warps,
             )  # fmt: skip
         ctx.gradient, ctx.dtype = gradient, experts.dtype
@@ -84,10 +84,10 @@ class _ExpertDiversity(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("expert_diversity keeps its gradient for one backward pass, and this is the second")
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad).to(ctx.dtype), None
+        return gradient.mul_(grad).to(ctx.dtype), None, None
 
 
-def expert_diversity_triton(experts: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of :func:`recbole_ssm.ops.expert_diversity` for two experts or more, float32."""
+def expert_diversity_triton(experts: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    """The scaled mean of :func:`recbole_ssm.ops.expert_diversity` for two experts or more, float32."""
     with torch.cuda.device_of(experts):
-        return _ExpertDiversity.apply(experts, dense(weights))
+        return _ExpertDiversity.apply(experts, dense(weights), scale)
