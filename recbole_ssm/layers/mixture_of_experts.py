@@ -97,7 +97,7 @@ class MixtureOfExperts(nn.Module):
 def load_balance(
     gate: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """How unevenly the experts are used, ``E sum_i f_i P_i - 1`` with ``P_i`` the mean gate of expert ``i``; times ``scale``.
+    """How unevenly the experts are used: ``scale (E sum_i f_i P_i - 1)`` with ``P_i`` the mean gate of expert ``i``.
 
     Where all experts take part ``f = P``, and this is the squared coefficient of variation of their shares of the
     gate's mass (the importance loss of arXiv 1701.06538, eq. 6 and 7). Where some are chosen, ``f_i`` is the share of

@@ -438,7 +438,6 @@ def examine(check: Check, timed: bool = False) -> Verdict:
 
 def _cases(check: Check, lengths: tuple[int, ...]) -> list[Any]:
     """The op as models call it: on all rows, and where it has such a form on the last rows alone."""
-    from recbole_ssm.ops import ssd_last
     from recbole_ssm.ops.cases import make
 
     sizes = dict(check.sizes)
@@ -447,18 +446,14 @@ def _cases(check: Check, lengths: tuple[int, ...]) -> list[Any]:
     def case(op: str, lengths: tuple[int, ...], **more: Any) -> Any:
         return make(
             op, list(lengths), sizes, getattr(torch, check.dtype), check.device, check.states, torch.float32,
-            **options, **more,
+            filled=True, **options, **more,
         )  # fmt: skip
 
     cases = [case(check.op, lengths)]
     if check.states:
         return cases
-    if check.op == "selective_scan":
-        for unused in ("D", "z"):  # the layer adds them at the rows that are read
-            del cases[0].inputs[unused]
-        cases.append(case("selective_scan_last", lengths))
-    if check.op == "ssd" and "backend" in ssd_last.__annotations__:  # it may know plain torch alone
-        cases.append(case("ssd_last", lengths))
+    if check.op in ("selective_scan", "ssd"):
+        cases.append(case(f"{check.op}_last", lengths))
     if check.op == "preference_attention":
         cases.append(case(check.op, tuple(length for length in lengths if length), queries="last"))
     return cases

@@ -327,8 +327,6 @@ def test_forms_for_the_last_rows_are_checked_with_their_op(op, monkeypatch):
 
     whole = op.removesuffix("_last")
     sizes = {"selective_scan": {"D": 5, "N": 3}, "ssd": {"H": 2, "P": 3, "G": 1, "N": 4}}[whole]
-    if op == "ssd_last" and "backend" not in cases.FUNCTIONS[op].__annotations__:
-        pytest.skip("it has one implementation")
     true = cases.FUNCTIONS[op]
     off = {"cpu": 1.01, "reference": 1.0}
     monkeypatch.setitem(
