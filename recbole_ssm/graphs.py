@@ -194,15 +194,27 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-def made_ahead(batches: Any, prepare: Callable[[Any], Any]) -> Iterator[Any]:
-    """``prepare(batch)`` of each batch, made by another thread while the one before it is worked on."""
+def made_ahead(batches: Any, prepare: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
+    """``prepare(batch)`` of each batch, made by another thread while the one before it is worked on.
+
+    Nothing else may draw from NumPy's random numbers meanwhile, if the batches do.
+
+    Args:
+        batches: a loader.
+        prepare: see above.
+        device: whose page-locked memory the thread takes.
+    """
     iterator, end = iter(batches), object()
 
     def make() -> Any:
         batch = next(iterator, end)
         return batch if batch is end else prepare(batch)
 
-    with ThreadPoolExecutor(1, "batches") as worker:
+    def begin() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts with the first
+
+    with ThreadPoolExecutor(1, "batches", begin) as worker:
         coming = worker.submit(make)
         while (batch := coming.result()) is not end:
             coming = worker.submit(make)

@@ -388,7 +388,10 @@ class SequenceTrainer(DurableTraining):
         self._loss_of = self._shared_loss or loss_func or self._loss
         on_gpu = self.device.type != "cpu"
         description = set_color(f"Train {epoch_idx:>5}", "pink")
-        batches = made_ahead(train_data, self._prepared) if on_gpu or self.graphs is not None else train_data
+        batches = train_data
+        # Of the other models of RecBole some draw random numbers where the loader does.
+        if self.graphs is not None or (on_gpu and hasattr(self.model, "fillable")):
+            batches = made_ahead(train_data, self._prepared, self.device)
         steps = tqdm(batches, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
         total: Any = None
         for step, batch in enumerate(steps):

@@ -181,7 +181,7 @@ def test_the_next_batch_is_made_while_one_is_worked_on():
         made.append(batch)
         return 10 * batch
 
-    batches = made_ahead([1, 2, 3], prepare)
+    batches = made_ahead([1, 2, 3], prepare, torch.device("cpu"))
     assert next(batches) == 10
     assert list(batches) == [20, 30]
     assert made == [1, 2, 3]
@@ -193,7 +193,7 @@ def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_asked_for():
             raise UserError("a row has an empty history")
         return batch
 
-    batches = made_ahead([1, 2, 3], prepare)
+    batches = made_ahead([1, 2, 3], prepare, torch.device("cpu"))
     assert next(batches) == 1
     with pytest.raises(UserError, match="empty history"):
         next(batches)

@@ -82,7 +82,7 @@ class SequenceBatch:
         rows, windows = known.total, len(known.lengths)
         all_rows = size_class(rows)
         inert = -(-(all_rows - rows) // longest)
-        all_windows = 1 << (windows + inert - 1).bit_length()
+        all_windows = size_class(windows + inert)
         all_targets = size_class(count)
         if self.last:
             all_windows = size_class(windows + 1)
