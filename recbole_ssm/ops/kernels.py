@@ -80,7 +80,7 @@ def columns_per_block(width: int) -> int:
 
 @triton.jit
 def load_rows(matrix, t, real, stride, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr, start=0):
-    """``[rows, BLOCK]``: of the ``WIDTH`` columns at ``offset`` those from ``start`` on, in the rows ``t``; zeros elsewhere."""
+    """``[rows, BLOCK]``: of the ``WIDTH`` columns at ``offset`` those from ``start`` on, for the rows ``t``, else 0."""
     column = start + tl.arange(0, BLOCK)
     inside = real[:, None] & (column < WIDTH)[None, :]
     return tl.load(matrix + t[:, None] * stride + offset + column[None, :], mask=inside, other=0.0)
