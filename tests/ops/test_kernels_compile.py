@@ -126,7 +126,7 @@ def test_kernels_on_every_gpu(op, capability, tmp_path):
     ("mutant", "sizes", "fault"),
     [
         ("64 rows", {"H": 1, "P": 16, "E": 16}, "a warp-group product"),
-        ("untiled", {"H": 1, "P": 16, "E": 512}, "bytes of shared memory"),
+        ("untiled", {"H": 1, "P": 16, "E": 256}, "bytes of shared memory"),
     ],
 )
 def test_a_broken_rule_is_noticed(mutant, sizes, fault, tmp_path):
