@@ -11,7 +11,7 @@ from recbole_ssm import ops
 from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
 from recbole_ssm.ops.backend import why_not
 from recbole_ssm.ops.cases import ALLOWED, OPS, errors, excess, make, results
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths
+from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths
 
 from . import loops
 
@@ -45,6 +45,20 @@ OPTIONS: dict[str, dict] = {
         "last": {"queries": "last"},
         "last in window": {"window": 4, "queries": "last"},
     },
+}
+
+
+# The models' own, and wider, at lengths that cross borders of blocks; few, for the interpreter is slow.
+WIDE = {
+    "selective_scan": [({"D": 32, "N": 32}, {})],
+    "ssd": [({"H": 4, "P": 16, "G": 1, "N": 64}, {}), ({"H": 1, "P": 64, "G": 1, "N": 16}, {})],
+    "causal_conv": [({"D": 128, "K": 4}, {})],
+    "preference_attention": [
+        ({"H": 2, "P": 8, "M": 2, "E": 64}, {}),
+        ({"H": 2, "P": 8, "M": 2, "E": 64}, {"queries": "last"}),
+        ({"H": 1, "P": 16, "M": 1, "E": 128}, {"window": 20}),
+        ({"H": 1, "P": 16, "M": 1, "E": 128}, {"queries": "last"}),
+    ],
 }
 
 
@@ -103,6 +117,62 @@ def test_backend_is_as_exact_as_the_reference(op, lengths, sizes, options, backe
     outputs = case.run(backend)
     assert outputs[0].dtype == dtype
     assert all(state.dtype == (dtype if op == "causal_conv" else torch.float32) for state in outputs[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("op", "sizes", "options"),
+    [pytest.param(op, *case, id=f"{op} {case}") for op, wide in WIDE.items() for case in wide],
+)
+def test_triton_at_the_models_own_widths(op, sizes, options, dtype):
+    lengths = (33, 3) if "queries" in options else (33, 0, 3)
+    case, truth = case_and_truth(op, lengths, tuple(sizes.items()), dtype, DEVICE, tuple(options.items()))
+    assert excess(case, "triton", truth) == {}
+
+
+class FilledBorders(Borders):
+    """With chunks past the last sequence's end, as tables have them that are filled up to a fixed size."""
+
+    def chunks(self, size):
+        sequences, starts = super().chunks(size)
+        return torch.cat([sequences, sequences.new_full((3,), len(starts) - 2)]), starts
+
+    def joints(self, size):
+        starts, count = super().joints(size)
+        return starts, count + 2
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 33], [33, 16], [20, 0]], ids=str)
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [("ssd", {}), ("selective_scan", {}), ("preference_attention", {}), ("preference_attention", {"queries": "last"})],
+)
+def test_tables_that_are_filled_up(op, options, lengths, monkeypatch):
+    """Filler chunks change nothing: every value is the same, and all are finite though unwritten memory is NaN."""
+    if "queries" in options:
+        lengths = [length for length in lengths if length]
+    case = make(op, lengths, next(iter(SIZES[op].values())), device=DEVICE, **options)
+    expected = results(case, case.run("triton"), case.inputs)
+    monkeypatch.setattr(sys.modules[f"recbole_ssm.ops.{op}.triton"], "borders", FilledBorders)
+    for name, found in results(case, case.run("triton"), case.inputs).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_last_query_of_nothing(monkeypatch):
+    """A batch that is filled up has sequences without rows, whose output must be finite and ask for no gradient."""
+    from recbole_ssm.ops.preference_attention.triton import preference_attention_triton
+
+    case = make("preference_attention", [4, 3], {"H": 2, "P": 5, "M": 2, "E": 4}, device=DEVICE)
+    outputs = []
+    for lengths in ([4, 3], [0, 4, 0, 3, 0]):
+        cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths)).to(DEVICE)
+        inputs = list(case.inputs.values())
+        out = preference_attention_triton(*inputs, case.fixed["threshold"], cu_seqlens, None, True)
+        real = torch.tensor(lengths, device=DEVICE) > 0
+        assert not out[~real].any()
+        outputs.append([out[real], *torch.autograd.grad(out.square().sum(), inputs)])
+    for expected, found in zip(*outputs, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("op", "lengths", "sizes", "options"), list(every_case()))

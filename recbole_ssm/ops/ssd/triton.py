@@ -104,7 +104,7 @@ def _pass_states(
 
 @triton.jit
 def _chunk_rows(cu_seqlens, sequences, starts, joints, Q: tl.constexpr):
-    """The program's chunk: sequence, number, rows ``[Q]``, which are real, first joint, neighbours before and after.
+    """The program's chunk: sequence, number, first row, which are real, first joint, neighbours before and after.
 
     A chunk that lies past its sequence's end fills a table up: it has neither rows nor neighbours.
     """
@@ -113,9 +113,9 @@ def _chunk_rows(cu_seqlens, sequences, starts, joints, Q: tl.constexpr):
     number = chunk - tl.load(starts + sequence)
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     first = begin + number * Q
-    t = first + tl.arange(0, Q)
+    real = first + tl.arange(0, Q) < end
     follows, leads = (number > 0) & (first < end), first + Q < end
-    return sequence, number, t, t < end, tl.load(joints + sequence).to(tl.int64), follows, leads
+    return sequence, number, first, real, tl.load(joints + sequence).to(tl.int64), follows, leads
 
 
 @triton.jit
@@ -133,7 +133,11 @@ def _forward(
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, t, real, joint, follows, _leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    sequence, number, first, real, joint, follows, _leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    # The pointers stand at the chunk's first row, so that offsets of rows fit 32 bits.
+    t = tl.arange(0, Q)
+    x, dt, y = x + first * x_stride, dt + first * dt_stride, y + first * n_heads * P
+    B, C = B + first * B_stride, C + first * C_stride
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
@@ -167,12 +171,17 @@ def _backward(
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, t, real, joint, follows, leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    sequence, number, first, real, joint, follows, leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    t = tl.arange(0, Q)
+    x, dt, grad_y = x + first * x_stride, dt + first * dt_stride, grad_y + first * y_stride
+    B, C = B + first * B_stride, C + first * C_stride
+    grad_x, grad_dt = grad_x + first * n_heads * P, grad_dt + first * n_heads
     shares += tl.program_id(0).to(tl.int64) * SHARES * n_heads
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
-    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    i, j = t[:, None], t[None, :]
+    # Read anew for each use, as registers do not hold them through the loop over heads.
     b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
     c = load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
     scores = dot(c, tl.trans(b), PRECISION)
@@ -207,6 +216,7 @@ def _backward(
         if follows or (initial is not None):
             read = dot(of_out, state.to(of_out.dtype), PRECISION) * tl.exp(log_decay)[:, None]
             of_c += read
+            c = load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
             of_log_decay += tl.sum(read * c.to(tl.float32), 1)
 
         # To the leaving state: exp(l_end) state + sum_j exp(l_end - l_j) step_j inputs_j B_j^T.
@@ -217,6 +227,7 @@ def _backward(
             elif grad_final is not None:
                 g = tl.load(grad_final + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
             to_end = tl.exp(total - log_decay)
+            b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
             written = dot(b, tl.trans(g).to(b.dtype), PRECISION)
             of_inputs += (step * to_end)[:, None] * written
             of_b += (step * to_end)[:, None] * dot(inputs, g.to(inputs.dtype), PRECISION)
@@ -239,12 +250,14 @@ def _backward(
             tl.store(shares + GRAD_BIAS * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
         tl.store(grad_dt + t * n_heads + h, of_step.to(grad_dt.dtype.element_ty), mask=real)
         store_rows(grad_x, t, real, n_heads * P, h * P, of_inputs, P, BLOCK_P)
+    b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
+    c = load_rows(C, t, real, C_stride, group * N, N, BLOCK_N)
     of_scores = of_scores.to(b.dtype)
     of_c += dot(of_scores, b, PRECISION)
     of_b += dot(tl.trans(of_scores), c, PRECISION)
-    partial = tl.program_id(1).to(tl.int64) * n_rows + t
-    store_rows(grad_B, partial, real, N, 0, of_b, N, BLOCK_N)
-    store_rows(grad_C, partial, real, N, 0, of_c, N, BLOCK_N)
+    partial = (tl.program_id(1).to(tl.int64) * n_rows + first) * N
+    store_rows(grad_B + partial, t, real, N, 0, of_b, N, BLOCK_N)
+    store_rows(grad_C + partial, t, real, N, 0, of_c, N, BLOCK_N)
 
 
 class _SSD(torch.autograd.Function):
