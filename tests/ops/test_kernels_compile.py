@@ -58,11 +58,11 @@ for kernel, constants in (
     if dtype == "bf16":  # once with all of them, in float32, and once without
         constants = {**constants, **{name: None for name in OPTIONAL if name in kernel.arg_names}}
     for place, name in enumerate(kernel.arg_names):
-        if name not in constants and not name.startswith("n_") and name != "one":
+        if name not in constants and not name.startswith("n_") and name != "zero":
             aligned[(place,)] = [["tt.divisibility", 16]]  # as the tensors of a real call are
         if name in constants:
             signature[name] = "constexpr"
-        elif name.startswith("n_") or name.endswith("_stride") or name in ("heads_per_group", "one"):
+        elif name.startswith("n_") or name.endswith("_stride") or name in ("heads_per_group", "zero"):
             signature[name] = "i32"
         else:
             signature[name] = "*i32" if name in INDEX else f"*{dtype}" if name in LIKE_INPUT else "*fp32"

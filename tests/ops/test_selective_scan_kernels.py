@@ -5,7 +5,7 @@ Widths of the models, borders of chunks, tables longer than needed, final states
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.cases import make, results, right
 from recbole_ssm.ops import selective_scan, selective_scan_last
@@ -121,8 +121,12 @@ class Launches:
         self.kernel, self.names = kernel, names
 
     def __getitem__(self, grid):
-        self.names.append(self.kernel.fn.__name__)
-        return self.kernel[grid]
+        def launch(*args, **settings):
+            self.names.append(self.kernel.fn.__name__)
+            with _disable_current_modes():  # the interpreter works with torch, too
+                self.kernel[grid](*args, **settings)
+
+        return launch
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -154,4 +158,5 @@ def test_what_a_call_launches(last, monkeypatch):
     with Count() as backward:
         torch.autograd.grad(y, [inputs[name] for name in ("x", "dt", "A", "dt_bias")] + [both], gradient)
     assert launched == ([] if last else ["_chunk_states"]) + ["_pass_states", "_gradients"]
-    assert len(launched) + len(backward.names) <= 8, backward.names
+    # Two sums over programs, one concatenation of the projection's gradient.
+    assert sorted(backward.names) == (["sum", "sum"] if last else ["cat", "sum", "sum"])

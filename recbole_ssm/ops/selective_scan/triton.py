@@ -10,10 +10,12 @@ Steps 1 and 2 are left out where every sequence fits a chunk. All that backward 
 border of two chunks. Where outputs are not asked for (``C`` absent), 1 and 2 give the final states alone.
 
 Tiles: in steps 1 and 3 forward a lane owns a channel and holds many of its states, so that the sum over states stays
-within a thread. :func:`_gradients` needs sums over states and over channels alike, and all states of a chunk's rows:
-a warp holds 4 states of :data:`GRADIENT_CHANNELS` channels for all rows in registers, goes through the states 4 at a
-time, and sums over states once at the end. One warp a program throughout: there is nothing to wait for, and no product
-of matrices.
+within a thread. States lie with channels side by side, at a place to which the kernels add a ``zero`` that the compiler
+does not know: taken for aligned, a lane would read four neighbouring channels at once, and hold these from there on.
+:func:`_gradients` needs sums over states and over channels alike, and all states of a chunk's rows: a warp holds
+:data:`GRADIENT_STATES` states of :data:`GRADIENT_CHANNELS` channels for all rows in registers, goes through the states
+so many at a time, and sums over states once at the end. One warp a program throughout: there is nothing to wait for,
+and no product of matrices.
 
 A chunk of a table that was filled up (its rows lie past its sequence's end) reads and writes nothing.
 """
@@ -71,9 +73,9 @@ def _step(dt, inside, bias, SOFTPLUS: tl.constexpr):
     return raw, tl.where(inside, softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["zero"])
 def _chunk_states(
-    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final, one,
+    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final, zero,
     WIDTH: tl.constexpr, N: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
@@ -93,7 +95,7 @@ def _chunk_states(
         here, of_state = d < WIDTH, n < N
         rows_of_d, rows_of_n = tl.where(here, left, 0), tl.where(of_state, left, 0)  # those that a lane may read
         inside_state = here[:, None] & of_state[None, :]
-        place = n[None, :] * WIDTH + d[:, None] * one
+        place = n[None, :] * WIDTH + d[:, None] + zero
         bias = _vector(dt_bias, d, here)
         rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
         state = tl.zeros([CHANNELS, STATES], tl.float32)
@@ -180,9 +182,9 @@ def _pass_states(
         tl.store(final + sequence * size + by_channel, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["zero"])
 def _outputs(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, one,
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, zero,
     WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, UNROLLED: tl.constexpr,
@@ -196,7 +198,7 @@ def _outputs(
         rows_of_d, rows_of_n = tl.where(here, left, 0), tl.where(of_state, left, 0)  # those that a lane may read
         inside_state = here[:, None] & of_state[None, :]
         size = WIDTH * N
-        place, by_channel = n[None, :] * WIDTH + d[:, None] * one, d[:, None] * N + n[None, :]
+        place, by_channel = n[None, :] * WIDTH + d[:, None] + zero, d[:, None] * N + n[None, :]
         bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
         rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
         state = tl.zeros([CHANNELS, STATES], tl.float32)
@@ -241,11 +243,11 @@ def _accumulate(pointer, value, inside, again, SHARED: tl.constexpr):
     tl.store(pointer, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks", "one"])
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks", "zero"])
 def _gradients(
     x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
     grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
-    n_rows, n_chunks, one, WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
+    n_rows, n_chunks, zero, WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -263,6 +265,8 @@ def _gradients(
         sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
         joint = tl.load(joints + sequence).to(tl.int64) + number
         for block in range(tl.program_id(1), tl.cdiv(WIDTH, CHANNELS), tl.num_programs(1)):
+            if SHARED:
+                tl.debug_barrier()  # what one lane has stored another may read now, to add to it
             d = block * CHANNELS + tl.arange(0, CHANNELS)
             here = d < WIDTH
             bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
@@ -296,7 +300,7 @@ def _gradients(
                 inside_state = here[:, None] & of_state[None, :]
                 rows_of_n = tl.where(of_state, left, 0)
                 again_of_n = tl.where(added, rows_of_n, 0)
-                place, by_channel = n[None, :] * WIDTH + d[:, None] * one, d[:, None] * N + n[None, :]
+                place, by_channel = n[None, :] * WIDTH + d[:, None] + zero, d[:, None] * N + n[None, :]
                 rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
                 h = tl.zeros([CHANNELS, STATES], tl.float32)
                 if left > 0:
@@ -423,7 +427,7 @@ class _SelectiveScan(torch.autograd.Function):
             own_final = final if C is None else None
             if len(sequences):
                 _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final, 1,
+                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final, 0,
                     *sizes, *_row_strides(x, dt, B, None), dt_softplus, False, ROWS, *part, num_warps=1,
                 )  # fmt: skip
             _pass_states[n_sequences, triton.cdiv(n_channels * n_states, PASSED)](
@@ -434,7 +438,7 @@ class _SelectiveScan(torch.autograd.Function):
             y = x.new_empty(x.shape)
             if len(sequences):
                 _outputs[len(sequences), triton.cdiv(n_channels, whole[0])](
-                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, 1,
+                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, 0,
                     *sizes, *_row_strides(x, dt, B, C, z), dt_softplus, ROWS, UNROLLED, *whole, num_warps=1,
                 )  # fmt: skip
         ctx.save_for_backward(
@@ -462,7 +466,7 @@ class _SelectiveScan(torch.autograd.Function):
             if C is not None:
                 totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
                 _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None, 1,
+                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None, 0,
                     *sizes, *_row_strides(grad_y, dt, C, z), ctx.dt_softplus, True, ROWS, *part, num_warps=1,
                 )  # fmt: skip
             _pass_states[len(cu_seqlens) - 1, triton.cdiv(n_channels * n_states, PASSED)](
@@ -484,7 +488,7 @@ class _SelectiveScan(torch.autograd.Function):
             _gradients[n_programs, n_parts](
                 x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
                 grad_y, grad_final, grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
-                len(x), len(sequences), 1, *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus, shared,
+                len(x), len(sequences), 0, *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus, shared,
                 ROWS, GRADIENT_CHANNELS, GRADIENT_STATES, num_warps=1,
             )  # fmt: skip
         else:
