@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.cases import ALLOWED, errors, make, results
+from recbole_ssm.ops.cases import ALLOWED, errors, make, results
 
 from recbole_ssm.ops import ssd, ssd_last
 

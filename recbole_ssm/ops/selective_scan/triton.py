@@ -10,10 +10,12 @@ Steps 1 and 2 are left out where every sequence fits a chunk. All that backward 
 border of two chunks. Where outputs are not asked for (``C`` absent), 1 and 2 give the final states alone.
 
 Tiles: in steps 1 and 3 forward a lane owns a channel and holds many of its states, so that the sum over states stays
-within a thread. :func:`_gradients` needs sums over states and over channels alike, and all states of a chunk's rows:
-a warp holds 4 states of :data:`GRADIENT_CHANNELS` channels for all rows in registers, goes through the states 4 at a
-time, and sums over states once at the end. One warp a program throughout: there is nothing to wait for, and no product
-of matrices.
+within a thread. States lie with channels side by side, at a place to which the kernels add a ``zero`` that the compiler
+does not know: taken for aligned, a lane would read four neighbouring channels at once, and hold these from there on.
+:func:`_gradients` needs sums over states and over channels alike, and all states of a chunk's rows: a warp holds
+:data:`GRADIENT_STATES` states of :data:`GRADIENT_CHANNELS` channels for all rows in registers, goes through the states
+so many at a time, and sums over states once at the end. One warp a program throughout: there is nothing to wait for,
+and no product of matrices.
 
 A chunk of a table that was filled up (its rows lie past its sequence's end) reads and writes nothing.
 """
@@ -47,17 +49,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _chunk(chunk, cu_seqlens, sequences, starts, ROWS: tl.constexpr):
-    """A chunk's sequence, its number within it, its first row and its sequence's end, each int64."""
+    """A chunk's sequence, its number within it, its first row (int64) and how many rows follow from there (int32).
+
+    At most ``2 ROWS``; none, or less, where the chunk only fills up the table.
+    """
     sequence = tl.load(sequences + chunk).to(tl.int64)
     number = (chunk - tl.load(starts + sequence)).to(tl.int64)
     first = tl.load(cu_seqlens + sequence).to(tl.int64) + number * ROWS
-    return sequence, number, first, tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-
-
-@triton.jit
-def _within(index, count, there):
-    """``index < count``, and nothing where not ``there`` (the interpreter cannot mask a block by a scalar)."""
-    return index < tl.where(there, count, 0)
+    left = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - first
+    return sequence, number, first, tl.minimum(left, 2 * ROWS).to(tl.int32)
 
 
 @triton.jit
@@ -67,16 +67,17 @@ def _vector(pointer, place, inside):
 
 
 @triton.jit
-def _step(dt, place, inside, bias, SOFTPLUS: tl.constexpr):
+def _step(dt, inside, bias, SOFTPLUS: tl.constexpr):
     """Step sizes before and after softplus; outside none is taken, which leaves a state as it is."""
-    raw = tl.load(dt + place, mask=inside, other=0.0).to(tl.float32) + bias
+    raw = tl.load(dt, mask=inside, other=0.0).to(tl.float32) + bias
     return raw, tl.where(inside, softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def _chunk_states(
-    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final,
-    n_channels, n_states, x_stride, dt_stride, B_stride, z_stride,
+    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final, zero,
+    WIDTH: tl.constexpr, N: tl.constexpr,
+    X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """State after each chunk that another follows, from none before it, and the sum of its step sizes.
@@ -86,48 +87,55 @@ def _chunk_states(
     ``x`` is absent, too, it is zero: then only the sums are written.
     """
     chunk = tl.program_id(0)
-    sequence, number, first, end = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
-    follows = (number > 0) & (first < end) if REVERSE else first + ROWS < end
-    if follows or ((final is not None) and (first < end)):
+    sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
+    follows = (number > 0) & (left > 0) if REVERSE else left > ROWS
+    if follows or ((final is not None) and (left > 0)):
         d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         n = tl.program_id(2) * STATES + tl.arange(0, STATES)
-        here, of_state = d < n_channels, n < n_states
-        inside_state = here[None, :] & of_state[:, None]
-        place = d[None, :] * n_states + n[:, None]
+        here, of_state = d < WIDTH, n < N
+        rows_of_d, rows_of_n = tl.where(here, left, 0), tl.where(of_state, left, 0)  # those that a lane may read
+        inside_state = here[:, None] & of_state[None, :]
+        place = n[None, :] * WIDTH + d[:, None] + zero
         bias = _vector(dt_bias, d, here)
-        rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
-        state = tl.zeros([STATES, CHANNELS], tl.float32)
+        rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
+        state = tl.zeros([CHANNELS, STATES], tl.float32)
         total = tl.zeros([CHANNELS], tl.float32)
-        for i in tl.static_range(ROWS):
-            t = first + ROWS - 1 - i if REVERSE else first + i
-            inside = _within(d, n_channels, t < end)
-            _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
+        dt_at = dt + first * DT_STRIDE + d
+        if x is not None:
+            x_at = x + first * X_STRIDE + d
+            B_at = B + first * B_STRIDE + n
+        if z is not None:
+            z_at = z + first * Z_STRIDE + d
+        for step_number in tl.static_range(ROWS):
+            i = ROWS - 1 - step_number if REVERSE else step_number
+            inside = i < rows_of_d
+            _raw, step = _step(dt_at + i * DT_STRIDE, inside, bias, SOFTPLUS)
             total += step
             if x is not None:
-                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-                vector = tl.load(B + t * B_stride + n, mask=_within(n, n_states, t < end), other=0.0).to(tl.float32)
-                decay = tl.exp2(step[None, :] * rate)
+                value = tl.load(x_at + i * X_STRIDE, mask=inside, other=0.0).to(tl.float32)
+                vector = tl.load(B_at + i * B_STRIDE, mask=i < rows_of_n, other=0.0).to(tl.float32)
+                decay = tl.exp2(step[:, None] * rate)
                 if REVERSE:
                     if z is not None:
-                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        gate = tl.load(z_at + i * Z_STRIDE, mask=inside, other=0.0).to(tl.float32)
                         value *= gate * sigmoid(gate)
-                    state = (state + value[None, :] * vector[:, None]) * decay
+                    state = (state + value[:, None] * vector[None, :]) * decay
                 else:
-                    state = decay * state + (step * value)[None, :] * vector[:, None]
+                    state = decay * state + (step * value)[:, None] * vector[None, :]
         if tl.program_id(2) == 0:
-            tl.store(totals + chunk.to(tl.int64) * n_channels + d, total, mask=here)
+            tl.store(totals + chunk.to(tl.int64) * WIDTH + d, total, mask=here)
         if x is not None:
-            size = n_channels * n_states
+            size = WIDTH * N
             if follows:
                 joint = tl.load(joints + sequence).to(tl.int64) + (number - 1 if REVERSE else number)
                 tl.store(states + joint * size + place, state, mask=inside_state)
             elif final is not None:
-                tl.store(final + sequence * size + place, state, mask=inside_state)
+                tl.store(final + sequence * size + d[:, None] * N + n[None, :], state, mask=inside_state)
 
 
 @triton.jit
 def _pass_states(
-    A, totals, edge, cu_seqlens, starts, joints, states, final, n_channels, n_states,
+    A, totals, edge, cu_seqlens, starts, joints, states, final, WIDTH: tl.constexpr, N: tl.constexpr,
     LOCAL: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Turn what each chunk adds to a state, in ``states`` (and ``final``), into the state, in place.
@@ -137,166 +145,189 @@ def _pass_states(
     """
     sequence = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    size = n_channels * n_states
+    size = WIDTH * N
     inside = place < size
-    d = place // n_states
+    d = place % WIDTH
+    by_channel = d * N + place // WIDTH
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     n_chunks = (end - begin + ROWS - 1) // ROWS
+    n_joints = tl.where(inside, n_chunks - 1, 0)
     first_chunk, first_joint = tl.load(starts + sequence).to(tl.int64), tl.load(joints + sequence).to(tl.int64)
-    rate = tl.load(A + place, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    rate = tl.load(A + place, mask=inside, other=0.0) * LOG2_E
     state = tl.zeros([BLOCK], tl.float32)
     if edge is not None:
-        state += tl.load(edge + sequence * size + place, mask=inside, other=0.0)
+        state += tl.load(edge + sequence * size + by_channel, mask=inside, other=0.0)
     for base in range(0, n_chunks - 1, AHEAD):
         added, sums = (), ()
         for i in tl.static_range(AHEAD):
             joint = n_chunks - 2 - base - i if REVERSE else base + i
-            inside_joint = _within(place, size, base + i < n_chunks - 1)
+            inside_joint = base + i < n_joints
             # A joint lies after the chunk of its number; a gradient comes to it through the chunk behind it.
             chunk = first_chunk + joint + 1 if REVERSE else first_chunk + joint
-            sums += (tl.load(totals + chunk * n_channels + d, mask=inside_joint, other=0.0),)
+            sums += (tl.load(totals + chunk * WIDTH + d, mask=inside_joint, other=0.0),)
             if LOCAL:
                 added += (tl.load(states + (first_joint + joint) * size + place, mask=inside_joint, other=0.0),)
         for i in tl.static_range(AHEAD):
             joint = n_chunks - 2 - base - i if REVERSE else base + i
-            inside_joint = _within(place, size, base + i < n_chunks - 1)
+            inside_joint = base + i < n_joints
             state *= tl.exp2(sums[i] * rate)
             if LOCAL:
                 state += added[i]
             tl.store(states + (first_joint + joint) * size + place, state, mask=inside_joint)
     if final is not None:
         if n_chunks > 0:
-            total = tl.load(totals + (first_chunk + n_chunks - 1) * n_channels + d, mask=inside, other=0.0)
-            added = tl.load(final + sequence * size + place, mask=inside, other=0.0)
+            total = tl.load(totals + (first_chunk + n_chunks - 1) * WIDTH + d, mask=inside, other=0.0)
+            added = tl.load(final + sequence * size + by_channel, mask=inside, other=0.0)
             state = state * tl.exp2(total * rate) + added
-        tl.store(final + sequence * size + place, state, mask=inside)
+        tl.store(final + sequence * size + by_channel, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def _outputs(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final,
-    n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride,
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, zero,
+    WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
+    B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, UNROLLED: tl.constexpr,
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, first, end = _chunk(tl.program_id(0), cu_seqlens, sequences, starts, ROWS)
-    if first < end:
+    sequence, number, first, left = _chunk(tl.program_id(0), cu_seqlens, sequences, starts, ROWS)
+    if left > 0:
         d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         n = tl.arange(0, STATES)
-        here, of_state = d < n_channels, n < n_states
-        inside_state = here[None, :] & of_state[:, None]
-        size = n_channels * n_states
-        place = d[None, :] * n_states + n[:, None]
+        here, of_state = d < WIDTH, n < N
+        rows_of_d, rows_of_n = tl.where(here, left, 0), tl.where(of_state, left, 0)  # those that a lane may read
+        inside_state = here[:, None] & of_state[None, :]
+        size = WIDTH * N
+        place, by_channel = n[None, :] * WIDTH + d[:, None] + zero, d[:, None] * N + n[None, :]
         bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
-        rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
-        state = tl.zeros([STATES, CHANNELS], tl.float32)
+        rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
+        state = tl.zeros([CHANNELS, STATES], tl.float32)
         if number > 0:
             joint = tl.load(joints + sequence).to(tl.int64) + number - 1
             state = tl.load(states + joint * size + place, mask=inside_state, other=0.0)
         elif initial is not None:
-            state = tl.load(initial + sequence * size + place, mask=inside_state, other=0.0)
-        for row in range(0, min(end - first, ROWS), UNROLLED):
+            state = tl.load(initial + sequence * size + by_channel, mask=inside_state, other=0.0)
+        x_at = x + first * X_STRIDE + d
+        dt_at = dt + first * DT_STRIDE + d
+        B_at = B + first * B_STRIDE + n
+        C_at = C + first * C_STRIDE + n
+        y_at = y + first * WIDTH + d
+        if z is not None:
+            z_at = z + first * Z_STRIDE + d
+        for row in range(0, min(left, ROWS), UNROLLED):
             outs = ()
             for i in tl.static_range(UNROLLED):
-                t = first + row + i
-                inside, real = _within(d, n_channels, t < end), _within(n, n_states, t < end)
-                _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
-                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-                b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
-                c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
-                state = tl.exp2(step[None, :] * rate) * state + (step * value)[None, :] * b[:, None]
-                out = tl.sum(state * c[:, None], 0) + value * skip
+                inside, real = row + i < rows_of_d, row + i < rows_of_n
+                _raw, step = _step(dt_at + row * DT_STRIDE + i * DT_STRIDE, inside, bias, SOFTPLUS)
+                value = tl.load(x_at + row * X_STRIDE + i * X_STRIDE, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(B_at + row * B_STRIDE + i * B_STRIDE, mask=real, other=0.0).to(tl.float32)
+                c = tl.load(C_at + row * C_STRIDE + i * C_STRIDE, mask=real, other=0.0).to(tl.float32)
+                state = tl.exp2(step[:, None] * rate) * state + (step * value)[:, None] * b[None, :]
+                out = tl.sum(state * c[None, :], 1) + value * skip
                 if z is not None:
-                    gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                    gate = tl.load(z_at + row * Z_STRIDE + i * Z_STRIDE, mask=inside, other=0.0).to(tl.float32)
                     out *= gate * sigmoid(gate)
                 outs += (out,)
             # After all loads, which could not be moved ahead of a store.
             for i in tl.static_range(UNROLLED):
-                t = first + row + i
-                tl.store(y + t * n_channels + d, outs[i].to(y.dtype.element_ty), mask=_within(d, n_channels, t < end))
-        if final is not None:
-            if first + ROWS >= end:
-                tl.store(final + sequence * size + place, state, mask=inside_state)
+                tl.store(y_at + row * WIDTH + i * WIDTH, outs[i].to(y.dtype.element_ty), mask=row + i < rows_of_d)
+        if final is not None and left <= ROWS:
+            tl.store(final + sequence * size + by_channel, state, mask=inside_state)
 
 
 @triton.jit
-def _accumulate(pointer, place, value, inside, again):
-    """Store ``inside``, and add to what stands there already ``again``."""
-    tl.store(pointer + place, value + tl.load(pointer + place, mask=again, other=0.0), mask=inside)
+def _accumulate(pointer, value, inside, again, SHARED: tl.constexpr):
+    """Store ``inside``, and add to what stands there already ``again``; not ``SHARED``: nothing does."""
+    if SHARED:
+        value += tl.load(pointer, mask=again, other=0.0)
+    tl.store(pointer, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks"])
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks", "zero"])
 def _gradients(
     x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
     grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
-    n_rows, n_chunks, n_channels, n_states, x_stride, dt_stride, B_stride, C_stride, z_stride, y_stride,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+    n_rows, n_chunks, zero, WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
+    B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything.
 
     ``by_row`` has those of ``B`` and ``C``, ``[parts, 2, T, N]`` (without grad_y ``[parts, 1, T, N]``), ``sums`` those
-    of ``A``, ``D`` and ``dt_bias`` side by side, ``[programs, D N + 2 D]``.
+    of ``A``, ``D`` and ``dt_bias`` side by side, ``[programs, D N + 2 D]``. ``SHARED``: a program has several chunks or
+    several blocks of channels.
     """
-    size = n_channels * n_states
-    sums += tl.program_id(0).to(tl.int64) * (size + 2 * n_channels)
-    grad_B = by_row + tl.program_id(1).to(tl.int64) * n_rows * n_states * (1 if grad_y is None else 2)
-    grad_C = grad_B + tl.cast(n_rows, tl.int64) * n_states
+    size = WIDTH * N
+    sums += tl.program_id(0).to(tl.int64) * (size + 2 * WIDTH)
+    grad_B = by_row + tl.program_id(1).to(tl.int64) * n_rows * N * (1 if grad_y is None else 2)
+    grad_C = grad_B + tl.cast(n_rows, tl.int64) * N
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        sequence, number, first, end = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
+        sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
         joint = tl.load(joints + sequence).to(tl.int64) + number
-        for block in range(tl.program_id(1), tl.cdiv(n_channels, CHANNELS), tl.num_programs(1)):
+        for block in range(tl.program_id(1), tl.cdiv(WIDTH, CHANNELS), tl.num_programs(1)):
+            if SHARED:
+                tl.debug_barrier()  # what one lane has stored another may read now, to add to it
             d = block * CHANNELS + tl.arange(0, CHANNELS)
-            here = d < n_channels
+            here = d < WIDTH
             bias, skip = _vector(dt_bias, d, here), _vector(D, d, here)
             added = block > tl.program_id(1)
-            again = _within(d, n_channels, chunk > tl.program_id(0))
+            again = tl.where(here, chunk, 0) > tl.program_id(0)
+            rows_of_d = tl.where(here, left, 0)
+            x_at, dt_at = x + first * X_STRIDE + d, dt + first * DT_STRIDE + d
+            grad_x_at, grad_dt_at = grad_x + first * WIDTH + d, grad_dt + first * WIDTH + d
+            if grad_y is not None:
+                grad_y_at = grad_y + first * Y_STRIDE + d
+            if z is not None:
+                z_at, grad_z_at = z + first * Z_STRIDE + d, grad_z + first * WIDTH + d
             steps, drives, outs, into_step, into_drive, ungated = (), (), (), (), (), ()
             for i in tl.static_range(ROWS):
-                t = first + i
-                inside = _within(d, n_channels, t < end)
-                _raw, step = _step(dt, t * dt_stride + d, inside, bias, SOFTPLUS)
+                inside = i < rows_of_d
+                _raw, step = _step(dt_at + i * DT_STRIDE, inside, bias, SOFTPLUS)
                 steps += (step,)
-                drives += (step * tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32),)
+                drives += (step * tl.load(x_at + i * X_STRIDE, mask=inside, other=0.0).to(tl.float32),)
                 if grad_y is not None:
-                    out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
+                    out = tl.load(grad_y_at + i * Y_STRIDE, mask=inside, other=0.0).to(tl.float32)
                     if z is not None:
-                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        gate = tl.load(z_at + i * Z_STRIDE, mask=inside, other=0.0).to(tl.float32)
                         out *= gate * sigmoid(gate)
                         ungated += (tl.zeros([CHANNELS, STATES], tl.float32),)
                     outs += (out,)
                 into_step += (tl.zeros([CHANNELS, STATES], tl.float32),)
                 into_drive += (tl.zeros([CHANNELS, STATES], tl.float32),)
-            for first_state in range(0, n_states, STATES):
+            for first_state in range(0, N, STATES):
                 n = first_state + tl.arange(0, STATES)
-                of_state = n < n_states
+                of_state = n < N
                 inside_state = here[:, None] & of_state[None, :]
-                place = d[:, None] * n_states + n[None, :]
-                rate = tl.load(A + place, mask=inside_state, other=0.0).to(tl.float32) * LOG2_E
+                rows_of_n = tl.where(of_state, left, 0)
+                again_of_n = tl.where(added, rows_of_n, 0)
+                place, by_channel = n[None, :] * WIDTH + d[:, None] + zero, d[:, None] * N + n[None, :]
+                rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
                 h = tl.zeros([CHANNELS, STATES], tl.float32)
-                if first < end:
+                if left > 0:
                     if number > 0:
                         h = tl.load(states + (joint - 1) * size + place, mask=inside_state, other=0.0)
                     elif initial is not None:
-                        h = tl.load(initial + sequence * size + place, mask=inside_state, other=0.0)
+                        h = tl.load(initial + sequence * size + by_channel, mask=inside_state, other=0.0)
                 g = tl.zeros([CHANNELS, STATES], tl.float32)
-                if first + ROWS < end:
+                if left > ROWS:
                     g = tl.load(grad_states + joint * size + place, mask=inside_state, other=0.0)
-                elif grad_final is not None:
-                    if first < end:
-                        g = tl.load(grad_final + sequence * size + place, mask=inside_state, other=0.0)
+                elif grad_final is not None and left > 0:
+                    g = tl.load(grad_final + sequence * size + by_channel, mask=inside_state, other=0.0)
+                B_at, grad_B_at = B + first * B_STRIDE + n, grad_B + first * N + n
+                if grad_y is not None:
+                    C_at, grad_C_at = C + first * C_STRIDE + n, grad_C + first * N + n
                 before, decays, later = (), (), ()
                 for i in tl.static_range(ROWS):
-                    t = first + i
-                    real = _within(n, n_states, t < end)
-                    b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
+                    real = i < rows_of_n
+                    b = tl.load(B_at + i * B_STRIDE, mask=real, other=0.0).to(tl.float32)
                     before += (h,)
                     decays += (tl.exp2(steps[i][:, None] * rate),)
                     h = decays[i] * h + drives[i][:, None] * b[None, :]
                     if grad_y is not None:
                         of_c = tl.sum(outs[i][:, None] * h, 0)
-                        _accumulate(grad_C, t * n_states + n, of_c, real, _within(n, n_states, (t < end) & added))
+                        _accumulate(grad_C_at + i * N, of_c, real, i < again_of_n, SHARED)
                         if z is not None:
-                            c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
+                            c = tl.load(C_at + i * C_STRIDE, mask=real, other=0.0).to(tl.float32)
                             later += (ungated[i] + h * c[None, :],)
                 if z is not None:
                     ungated = later
@@ -304,14 +335,13 @@ def _gradients(
                 # Built from the last row to the first; the loop after it runs the other way round.
                 last_step, last_drive = (), ()
                 for i in tl.static_range(ROWS - 1, -1, -1):
-                    t = first + i
-                    real = _within(n, n_states, t < end)
-                    b = tl.load(B + t * B_stride + n, mask=real, other=0.0).to(tl.float32)
+                    real = i < rows_of_n
+                    b = tl.load(B_at + i * B_STRIDE, mask=real, other=0.0).to(tl.float32)
                     if grad_y is not None:
-                        c = tl.load(C + t * C_stride + n, mask=real, other=0.0).to(tl.float32)
+                        c = tl.load(C_at + i * C_STRIDE, mask=real, other=0.0).to(tl.float32)
                         g += outs[i][:, None] * c[None, :]
                     of_b = tl.sum(g * drives[i][:, None], 0)
-                    _accumulate(grad_B, t * n_states + n, of_b, real, _within(n, n_states, (t < end) & added))
+                    _accumulate(grad_B_at + i * N, of_b, real, i < again_of_n, SHARED)
                     last_drive += (into_drive[i] + g * b[None, :],)
                     g *= decays[i]
                     exponent = g * before[i]
@@ -321,21 +351,19 @@ def _gradients(
                 for i in tl.static_range(ROWS):
                     into_drive += (last_drive[ROWS - 1 - i],)
                     into_step += (last_step[ROWS - 1 - i],)
-                _accumulate(sums, place, of_rate, inside_state, again[:, None] & of_state[None, :])
-                if grad_initial is not None:
-                    if (number == 0) & (first < end):
-                        tl.store(grad_initial + sequence * size + place, g, mask=inside_state)
+                _accumulate(sums + by_channel, of_rate, inside_state, again[:, None] & of_state[None, :], SHARED)
+                if grad_initial is not None and (number == 0) & (left > 0):
+                    tl.store(grad_initial + sequence * size + by_channel, g, mask=inside_state)
             of_skip = tl.zeros([CHANNELS], tl.float32)
             of_bias = tl.zeros([CHANNELS], tl.float32)
             for i in tl.static_range(ROWS):
-                t = first + i
-                inside = _within(d, n_channels, t < end)
-                value = tl.load(x + t * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+                inside = i < rows_of_d
+                value = tl.load(x_at + i * X_STRIDE, mask=inside, other=0.0).to(tl.float32)
                 of_drive = tl.sum(into_drive[i], 1)
                 # The rates carry log2(e) for exp2, and so does what came through them.
                 of_step = of_drive * value + tl.sum(into_step[i], 1) * LN_2
                 if SOFTPLUS:
-                    raw, _step_again = _step(dt, t * dt_stride + d, inside, bias, False)
+                    raw, _step_again = _step(dt_at + i * DT_STRIDE, inside, bias, False)
                     of_step *= sigmoid(raw)
                 of_bias += tl.where(inside, of_step, 0.0)
                 of_input = of_drive * steps[i]
@@ -343,16 +371,16 @@ def _gradients(
                     of_input += outs[i] * skip
                     of_skip += outs[i] * value
                     if z is not None:
-                        gate = tl.load(z + t * z_stride + d, mask=inside, other=0.0).to(tl.float32)
-                        out = tl.load(grad_y + t * y_stride + d, mask=inside, other=0.0).to(tl.float32)
+                        gate = tl.load(z_at + i * Z_STRIDE, mask=inside, other=0.0).to(tl.float32)
+                        out = tl.load(grad_y_at + i * Y_STRIDE, mask=inside, other=0.0).to(tl.float32)
                         share = sigmoid(gate)
                         whole = tl.sum(ungated[i], 1) + value * skip
                         of_gate = out * whole * share * (1.0 + gate * (1.0 - share))
-                        tl.store(grad_z + t * n_channels + d, of_gate.to(grad_z.dtype.element_ty), mask=inside)
-                tl.store(grad_dt + t * n_channels + d, of_step.to(grad_dt.dtype.element_ty), mask=inside)
-                tl.store(grad_x + t * n_channels + d, of_input.to(grad_x.dtype.element_ty), mask=inside)
-            _accumulate(sums, size + d, of_skip, here, again)
-            _accumulate(sums, size + n_channels + d, of_bias, here, again)
+                        tl.store(grad_z_at + i * WIDTH, of_gate.to(grad_z.dtype.element_ty), mask=inside)
+                tl.store(grad_dt_at + i * WIDTH, of_step.to(grad_dt.dtype.element_ty), mask=inside)
+                tl.store(grad_x_at + i * WIDTH, of_input.to(grad_x.dtype.element_ty), mask=inside)
+            _accumulate(sums + size + d, of_skip, here, again, SHARED)
+            _accumulate(sums + size + WIDTH + d, of_bias, here, again, SHARED)
 
 
 def _state_blocks(n_channels: int, n_states: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -379,14 +407,15 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state):
         x, dt, B = rows(x), rows(dt), rows(B)
+        A = A.float().mT.contiguous()  # neighbouring lanes have neighbouring channels
         C, z = (None if t is None else rows(t) for t in (C, z))
         initial = _states(initial)
-        (n_channels, n_states), n_sequences = A.shape, len(cu_seqlens) - 1
+        (n_states, n_channels), n_sequences = A.shape, len(cu_seqlens) - 1
         known = borders(cu_seqlens)
         (sequences, starts), (joints, n_joints) = known.chunks(ROWS), known.joints(ROWS)
         whole, part = _state_blocks(n_channels, n_states)
         sizes = n_channels, n_states
-        states = x.new_empty(n_joints, *sizes, dtype=torch.float32)
+        states = x.new_empty(n_joints, n_states, n_channels, dtype=torch.float32)
         totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
         y = final = None
         if return_final_state and C is None:
@@ -398,7 +427,7 @@ class _SelectiveScan(torch.autograd.Function):
             own_final = final if C is None else None
             if len(sequences):
                 _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final,
+                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final, 0,
                     *sizes, *_row_strides(x, dt, B, None), dt_softplus, False, ROWS, *part, num_warps=1,
                 )  # fmt: skip
             _pass_states[n_sequences, triton.cdiv(n_channels * n_states, PASSED)](
@@ -409,7 +438,7 @@ class _SelectiveScan(torch.autograd.Function):
             y = x.new_empty(x.shape)
             if len(sequences):
                 _outputs[len(sequences), triton.cdiv(n_channels, whole[0])](
-                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final,
+                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, 0,
                     *sizes, *_row_strides(x, dt, B, C, z), dt_softplus, ROWS, UNROLLED, *whole, num_warps=1,
                 )  # fmt: skip
         ctx.save_for_backward(
@@ -426,7 +455,8 @@ class _SelectiveScan(torch.autograd.Function):
         x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, totals = (
             ctx.saved_tensors
         )
-        sizes = n_channels, n_states = A.shape
+        n_states, n_channels = A.shape
+        sizes = n_channels, n_states
         _whole, part = _state_blocks(n_channels, n_states)
         if C is not None:
             grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
@@ -436,7 +466,7 @@ class _SelectiveScan(torch.autograd.Function):
             if C is not None:
                 totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
                 _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None,
+                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None, 0,
                     *sizes, *_row_strides(grad_y, dt, C, z), ctx.dt_softplus, True, ROWS, *part, num_warps=1,
                 )  # fmt: skip
             _pass_states[len(cu_seqlens) - 1, triton.cdiv(n_channels * n_states, PASSED)](
@@ -449,14 +479,16 @@ class _SelectiveScan(torch.autograd.Function):
         if initial is not None:
             # An empty sequence hands its state on as it came.
             grad_initial = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
-        n_programs, n_parts = _shares(len(sequences), triton.cdiv(n_channels, GRADIENT_CHANNELS))
+        n_blocks = triton.cdiv(n_channels, GRADIENT_CHANNELS)
+        n_programs, n_parts = _shares(len(sequences), n_blocks)
+        shared = n_programs < len(sequences) or n_parts < n_blocks
         by_row = x.new_empty(n_parts, 1 if C is None else 2, len(x), n_states, dtype=torch.float32)
         sums = x.new_empty(n_programs, A.numel() + 2 * n_channels, dtype=torch.float32)
         if len(sequences):
             _gradients[n_programs, n_parts](
                 x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
                 grad_y, grad_final, grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
-                len(x), len(sequences), *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus,
+                len(x), len(sequences), 0, *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus, shared,
                 ROWS, GRADIENT_CHANNELS, GRADIENT_STATES, num_warps=1,
             )  # fmt: skip
         else:
@@ -489,6 +521,6 @@ def selective_scan_triton(
     """
     with torch.cuda.device_of(x):
         return _SelectiveScan.apply(
-            x, dt, dense(A), B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
+            x, dt, A, B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
             dt_softplus, return_final_state,
         )  # fmt: skip
