@@ -1,6 +1,5 @@
 """Where and how a figure was measured."""
 
-import importlib.metadata
 import platform
 import subprocess
 from datetime import date
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from recbole_ssm.ops.self_check import cpu_name, package_version
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "recbole", "mamba-ssm", "causal-conv1d")
 
@@ -19,10 +20,10 @@ def environment() -> dict[str, Any]:
     commit = _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
     return {
         "device": device_name(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: package_version(package) for package in PACKAGES},
         "commit": commit or "no repository",
         "date": date.today().isoformat(),
     }
@@ -37,7 +38,7 @@ def device_name() -> str:
     """The GPU's name, or the CPU's with its threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def slug() -> str:
@@ -45,16 +46,3 @@ def slug() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     return f"cpu-{torch.get_num_threads()}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()

@@ -13,12 +13,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OPS, Case, make, right
 from benchmarks.environment import environment, slug
 from benchmarks.measure import copy_rate, peak_bytes, rounds, seconds
 from benchmarks.outside import outside
 from benchmarks.report import ops_table, write_section
 from recbole_ssm.ops.backend import BACKENDS, why_not
+from recbole_ssm.ops.cases import OPS, Case, make, right
 
 HERE = Path(__file__).parent
 TOKENS = (4096, 32768, 131072, 524288)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
+from recbole_ssm.ops.cases import Case
 from recbole_ssm.ops.packing import pad, sequence_ids
 
 # A function of the inputs beside it, which are leaves to differentiate for.

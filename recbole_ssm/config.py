@@ -28,7 +28,7 @@ TIME_ORDERS = ("exact", "float32")
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
 COMMAND_OPTIONS = {
     "config_files", "nproc", "ip", "port", "world_size", "group_offset",
-    "list_models", "checkpoint", "mode", "resume", "result_file", "engine",
+    "list_models", "checkpoint", "mode", "resume", "result_file", "engine", "doctor", "force",
     "params_file", "output_file", "display_file", "tool", "address", "scheduler", "search_alg", "num_samples",
     "max_concurrent", "cpus_per_trial", "gpus_per_trial", "time_budget", "storage_path", "name",
 }  # fmt: skip

@@ -27,6 +27,7 @@ from recbole_ssm.checkpoint import load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.distributed import rank, world_size
+from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
 from recbole_ssm.launch import launch
 from recbole_ssm.registry import MODELS, model_class
@@ -263,6 +264,7 @@ def load_data(config: Config, dataset=None):
 
 def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
+    prefetch(config)
     init_seed(config["seed"] + rank(), config["reproducibility"])
     try:
         return model_class(config)(config, train_data._dataset).to(config["device"])

@@ -15,9 +15,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import record_function
 
 from benchmarks import __main__, profile
-from benchmarks.cases import make
 from benchmarks.floors import OP_COSTS, Cost, Rates, measure_rates
 from benchmarks.parts import attribute
+from recbole_ssm.ops.cases import make
 from tests.conftest import SMALL, random_rows, small_settings, write_dataset
 
 pytest.importorskip("matplotlib")

@@ -16,7 +16,8 @@ examples:
   run_recbole --model=STARRec --dataset=ml-100k
   run_recbole --model=SASRec --dataset=ml-1m --config_files "mine.yaml more.yaml" --result_file=sasrec.json
   run_recbole --resume saved/STARRec-Nov-21-2026_10-00-00.pth --epochs=100
-  run_recbole --checkpoint saved/STARRec-Nov-21-2026_10-00-00.pth --mode evaluate"""
+  run_recbole --checkpoint saved/STARRec-Nov-21-2026_10-00-00.pth --mode evaluate
+  run_recbole --doctor"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
     parser.add_argument("--config_files", help="YAML files with settings, separated by spaces; later ones win")
     parser.add_argument("--list_models", action="store_true", help="print the names of all models and exit")
+    parser.add_argument(
+        "--doctor", action="store_true",
+        help="check every op and backend on this machine and print a table; status 0 where the main job can run",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="with --doctor: check again what has been checked before")
     parser.add_argument("--resume", metavar="FILE", help="continue the run that wrote this checkpoint")
     parser.add_argument("--checkpoint", metavar="FILE", help="with --mode evaluate: the checkpoint to evaluate")
     parser.add_argument(
@@ -97,6 +103,12 @@ def main() -> int:
         print("\n".join(list_models()))
         return 0
     try:
+        if args.doctor or args.force:
+            if not args.doctor or not {*sys.argv[1:]} <= {"--doctor", "--force"}:
+                raise UserError("--doctor goes alone, or with --force.")
+            from recbole_ssm.doctor import diagnose
+
+            return diagnose(anew=args.force)
         settings = parse_settings(rest)
         files = args.config_files.split() if args.config_files else None
         if args.mode == "evaluate" and args.checkpoint is None:

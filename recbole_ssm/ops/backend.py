@@ -7,13 +7,18 @@ import os
 from functools import lru_cache
 
 import torch
+from torch.backends import cuda
 
 from recbole_ssm.errors import BackendUnavailable
+from recbole_ssm.ops import self_check
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "mamba_ssm")
 
 # Oldest Triton that the kernels are made for.
 TRITON = (3, 4)
+
+# Types of device on which ``auto`` takes only what has passed its check there; what numba compiles, tests hold to it.
+CHECKED_DEVICES = ("cuda",)
 
 # What the adapters need, and how to get it.
 EXTERNAL = {
@@ -29,17 +34,27 @@ def _announce(op: str, backend: str, device: str, dtype: torch.dtype) -> None:
     logging.getLogger().info(f"{op} runs on the {backend} backend ({device}, {dtype}){first}")
 
 
-def choose(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "") -> str:
+def choose(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    sizes: dict[str, int],
+    mamba_ssm_lacks: str = "",
+    states: bool = False,
+) -> str:
     """Resolve a requested backend for one op.
 
-    ``auto`` takes ``triton`` on a GPU and the compiled ``cpu`` path on a CPU; where that cannot run, and for float64,
-    ``reference``. What it takes is logged once.
+    ``auto`` takes the first that can run of :func:`preferred`, else ``reference``. On a GPU it must also have passed
+    its check on that machine (:mod:`recbole_ssm.ops.self_check`), at these sizes; the first use of them waits for that.
+    What it takes is logged once, and so is what it does not take because of a failed check.
 
     Args:
         op: the op's name.
         backend: one of :data:`BACKENDS`.
         tensor: the op's main input; its device and dtype decide.
+        sizes: the widths of this call, by the letters of the op's docstring.
         mamba_ssm_lacks: an option of this call that the adapter to mamba_ssm or causal_conv1d cannot serve.
+        states: whether this call reads initial states or gives final ones.
 
     Raises:
         ValueError: for a name that is no backend.
@@ -48,14 +63,72 @@ def choose(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "
     if backend not in BACKENDS:
         raise ValueError(f"unknown ssm_backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        fast = "cpu" if tensor.device.type == "cpu" else "triton"
-        backend = "reference" if why_not(op, fast, tensor) else fast
-        _announce(op, backend, tensor.device.type, tensor.dtype)
-        return backend
+        letters = tuple(sizes.items())
+        return _automatic(
+            op, tensor.device, tensor.dtype, letters, mamba_ssm_lacks, states, tf32_allowed(tensor.device)
+        )
     reason = why_not(op, backend, tensor, mamba_ssm_lacks)
     if reason:
         raise BackendUnavailable(f"the {backend} backend of {op} cannot run here: {reason}.")
     return backend
+
+
+def preferred(device: torch.device) -> tuple[str, ...]:
+    """What ``auto`` tries on a device before the reference, the fastest first."""
+    return ("cpu",) if device.type == "cpu" else ("triton", "mamba_ssm")
+
+
+def is_checked(device: torch.device) -> bool:
+    """Whether ``auto`` asks for a check there; tensors that only pretend to lie on a GPU run no kernel."""
+    return device.type in CHECKED_DEVICES and (device.type != "cuda" or torch.cuda.is_available())
+
+
+def tf32_allowed(device: torch.device) -> bool:
+    """Whether torch may round float32 products to TF32 there, by ``set_float32_matmul_precision``."""
+    if device.type != "cuda":
+        return False
+    # torch 2.9 and later refuse to tell the one by the other's name once both have been set.
+    precision = getattr(cuda.matmul, "fp32_precision", None)
+    return cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+@lru_cache(maxsize=None)
+def _automatic(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[tuple[str, int], ...],
+    mamba_ssm_lacks: str,
+    states: bool,
+    tf32: bool,
+) -> str:
+    chosen = "reference"
+    probe = torch.empty(0, dtype=dtype, device=device)
+    for backend in preferred(device):
+        # A check takes gradients of final states, too, which mamba_ssm has not.
+        if why_not(op, backend, probe, mamba_ssm_lacks) or (states and backend == "mamba_ssm"):
+            continue
+        if not is_checked(device) or _passes(op, backend, device, dtype, sizes, states, tf32):
+            chosen = backend
+            break
+    _announce(op, chosen, device.type, dtype)
+    return chosen
+
+
+def _passes(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[tuple[str, int], ...],
+    states: bool,
+    tf32: bool,
+) -> bool:
+    check = self_check.Check(op, backend, str(device), str(dtype).removeprefix("torch."), sizes, states, tf32)
+    found = self_check.verdict(check)
+    if found.state != "right":
+        logging.getLogger().warning(f"not used here: {check}: {found}; run_recbole --doctor tells more")
+    return found.state == "right"
 
 
 def why_not(op: str, backend: str, tensor: torch.Tensor, mamba_ssm_lacks: str = "") -> str:

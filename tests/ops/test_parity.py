@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.cases import ALLOWED, OPS, errors, excess, make, results
 from recbole_ssm import ops
 from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
 from recbole_ssm.ops.backend import why_not
+from recbole_ssm.ops.cases import ALLOWED, OPS, errors, excess, make, results
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 from . import loops

@@ -54,7 +54,8 @@ def causal_conv(
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state is {list(initial_state.shape)}, not {list(state_shape)}")
     taps = weight.shape[1]
-    chosen = choose("causal_conv", backend, x, "" if 2 <= taps <= 4 else f"filter of {taps} taps, only of 2 to 4")
+    lacks = "" if 2 <= taps <= 4 else f"filter of {taps} taps, only of 2 to 4"
+    chosen = choose("causal_conv", backend, x, {"D": x.shape[1], "K": taps}, lacks)
     if initial_state is None and not return_final_state:
         return _stateless(chosen, x, weight, bias, activation, cu_seqlens)
 

@@ -68,7 +68,8 @@ def preference_attention(
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, but at least the query's own row must be seen")
     last_only = queries == "last"
-    chosen = choose("preference_attention", backend, q)
+    sizes = {"H": heads, "P": q.shape[2], "M": feature.shape[1], "E": feature.shape[2]}
+    chosen = choose("preference_attention", backend, q, sizes if window is None else {**sizes, "window": window})
     # Scores, cosines and softmax are taken in float32 whatever the dtype of the activations.
     compute = torch.promote_types(q.dtype, torch.float32)
     scaled_q = q.to(compute) * (score_weight.to(compute)[:, None] / q.shape[2] ** 0.5)

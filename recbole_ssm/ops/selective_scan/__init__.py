@@ -67,7 +67,8 @@ def selective_scan(
     lacks = "initial_state" if initial_state is not None else ""
     if return_final_state and torch.is_grad_enabled():
         lacks = "gradient of the final state"
-    chosen = choose("selective_scan", backend, x, lacks)
+    states = initial_state is not None or return_final_state
+    chosen = choose("selective_scan", backend, x, {"D": A.shape[0], "N": A.shape[1]}, lacks, states)
     y, final_state = _run(
         chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
     )
@@ -156,7 +157,7 @@ def selective_scan_last(
     sequences = len(cu_seqlens) - 1
     if C.shape != (sequences, B.shape[1]):
         raise ValueError(f"C is {list(C.shape)}, not {[sequences, B.shape[1]]}")
-    chosen = choose("selective_scan", backend, x)
+    chosen = choose("selective_scan", backend, x, {"D": A.shape[0], "N": A.shape[1]})
     if chosen == "mamba_ssm":  # whose final state has no gradient
         # Each row takes its sequence's C, so that an empty sequence, which has no last row, disturbs no other.
         full, _ = _run(

@@ -73,7 +73,8 @@ def ssd(
     lacks = "initial_state a sequence" if initial_state is not None else ""
     if return_final_state and torch.is_grad_enabled():
         lacks = "gradient of packed sequences' final states"
-    chosen = choose("ssd", backend, x, lacks)
+    sizes = {"H": heads, "P": width, "G": B.shape[1], "N": B.shape[2]}
+    chosen = choose("ssd", backend, x, sizes, lacks, initial_state is not None or return_final_state)
     if chosen == "triton":
         from recbole_ssm.ops.ssd.triton import ssd_triton
 

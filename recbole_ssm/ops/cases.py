@@ -1,4 +1,4 @@
-"""Inputs for each op, and the measure of a backend's error that tests and benchmarks share."""
+"""Inputs for each op, and the measure of a backend's error: for the self-check, tests and benchmarks alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops import causal_conv, preference_attention, selective_scan, ssd
+from recbole_ssm.ops import causal_conv, preference_attention, selective_scan, selective_scan_last, ssd, ssd_last
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 # A backend may err this many times as much as the reference does at the same dtype, or as that dtype rounds: another
@@ -21,7 +21,7 @@ class Case:
     """One op on packed sequences.
 
     Attributes:
-        op: the op's name.
+        op: one of :data:`FUNCTIONS`.
         inputs: what it is differentiated for, by argument name.
         fixed: its other arguments.
     """
@@ -32,7 +32,7 @@ class Case:
 
     def run(self, backend: str, inputs: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The op's outputs: the output and, where the case asks for it, the final state."""
-        result = OPS[self.op](**(inputs or self.inputs), **self.fixed, backend=backend)
+        result = FUNCTIONS[self.op](**(inputs or self.inputs), **self.fixed, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     def exact(self) -> dict[str, Tensor]:
@@ -46,6 +46,11 @@ OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "preference_attention": preference_attention,
 }
+# And their forms for the last rows alone.
+FUNCTIONS: dict[str, Callable] = {**OPS, "selective_scan_last": selective_scan_last, "ssd_last": ssd_last}
+
+# Inputs that have no rows: a model's weights, which stay float32 where autocast rounds the activations.
+WEIGHTS = {"A", "D", "dt_bias", "weight", "bias", "score_weight", "similarity_weight"}
 
 Sizes = dict[str, int]
 
@@ -57,10 +62,22 @@ def _scan_shapes(total: int, sequences: int, D: int, N: int) -> dict[str, tuple[
     }  # fmt: skip
 
 
+def _scan_last_shapes(total: int, sequences: int, D: int, N: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (total, D), "dt": (total, D), "A": (D, N), "B": (total, N), "C": (sequences, N), "dt_bias": (D,),
+    }  # fmt: skip
+
+
 def _ssd_shapes(total: int, sequences: int, H: int, P: int, G: int, N: int) -> dict[str, tuple[int, ...]]:
     return {
         "x": (total, H, P), "dt": (total, H), "A": (H,), "B": (total, G, N), "C": (total, G, N), "D": (H,),
         "dt_bias": (H,), "initial_state": (sequences, H, P, N),
+    }  # fmt: skip
+
+
+def _ssd_last_shapes(total: int, sequences: int, H: int, P: int, G: int, N: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (total, H, P), "dt": (total, H), "A": (H,), "B": (total, G, N), "C": (sequences, G, N), "dt_bias": (H,),
     }  # fmt: skip
 
 
@@ -75,7 +92,9 @@ def _attention_shapes(total: int, sequences: int, H: int, P: int, M: int, E: int
 
 SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
     "selective_scan": _scan_shapes,
+    "selective_scan_last": _scan_last_shapes,
     "ssd": _ssd_shapes,
+    "ssd_last": _ssd_last_shapes,
     "causal_conv": _conv_shapes,
     "preference_attention": _attention_shapes,
 }
@@ -88,17 +107,19 @@ def make(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     states: bool = True,
+    weights: torch.dtype | None = None,
     **fixed: Any,
 ) -> Case:
     """A case with random inputs, the same at every call.
 
     Args:
-        op: one of :data:`OPS`.
+        op: one of :data:`FUNCTIONS`.
         lengths: length of each sequence.
         sizes: the letters of the op's docstring.
-        dtype: of all inputs.
+        dtype: of the inputs.
         device: where they lie.
         states: give an initial state and ask for the final one, where the op has them.
+        weights: dtype of those that have no rows, where it is another.
         fixed: further arguments.
     """
     lengths = torch.as_tensor(lengths)
@@ -118,11 +139,12 @@ def make(
     if op == "preference_attention":
         fixed["threshold"] = torch.tensor([-0.5, 0.0, 0.3, 0.1]).repeat(sizes["H"])[: sizes["H"]].to(device)
         drawn["feature"] = _features(drawn["feature"].shape, generator)
-    elif states:
+    if "initial_state" in drawn and states:
         fixed["return_final_state"] = True
     else:
-        del drawn["initial_state"]
-    inputs = {name: t.to(device, dtype).requires_grad_() for name, t in drawn.items()}
+        drawn.pop("initial_state", None)
+    dtypes = {name: weights or dtype if name in WEIGHTS else dtype for name in drawn}
+    inputs = {name: t.to(device, dtypes[name]).requires_grad_() for name, t in drawn.items()}
     return Case(op, inputs, fixed)
 
 
@@ -161,16 +183,25 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     return off
 
 
-def excess(case: Case, backend: str, truth: dict[str, Tensor]) -> dict[str, float]:
-    """What of ``backend`` errs more than is :data:`ALLOWED`, as a multiple of that; empty where it is right."""
+def compared(case: Case, backend: str, truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Of each result of ``backend``: how far it is off (:func:`errors`), and how far it may be."""
     dtype = next(iter(case.inputs.values())).dtype
     reference = errors(results(case, case.run("reference"), case.inputs), truth)
     own = errors(results(case, case.run(backend), case.inputs), truth)
-    allowed = {name: ALLOWED * max(reference[name], torch.finfo(dtype).eps) for name in truth if name in reference}
-    return {name: own[name] / allowed[name] for name in allowed if own[name] > allowed[name]}
+    return {name: (own[name], ALLOWED * max(reference[name], torch.finfo(dtype).eps)) for name in reference}
+
+
+def excess(case: Case, backend: str, truth: dict[str, Tensor]) -> dict[str, float]:
+    """What of ``backend`` errs more than is :data:`ALLOWED`, as a multiple of that; empty where it is right."""
+    return {name: off / allowed for name, (off, allowed) in compared(case, backend, truth).items() if off > allowed}
+
+
+def true_results(case: Case) -> dict[str, Tensor]:
+    """What the reference gives in float64."""
+    exact = case.exact()
+    return results(case, case.run("reference", exact), exact)
 
 
 def right(case: Case, backend: str) -> dict[str, float]:
-    """As :func:`excess`, with the reference in float64 for the truth."""
-    exact = case.exact()
-    return excess(case, backend, results(case, case.run("reference", exact), exact))
+    """As :func:`excess`, with :func:`true_results` for the truth."""
+    return excess(case, backend, true_results(case))

@@ -1,0 +1,202 @@
+"""What runs on this machine: one table, which belongs into every bug report.
+
+Each op that a model needs, on each backend and in each dtype, is checked beside the reference as before its first use
+(:mod:`recbole_ssm.ops.self_check`), and timed where it is right.
+"""
+
+import platform
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from recbole_ssm.config import properties_dir
+from recbole_ssm.ops import self_check
+from recbole_ssm.ops.backend import BACKENDS, is_checked, preferred, tf32_allowed, why_not
+from recbole_ssm.ops.self_check import Check, Verdict, verdicts
+
+MAIN_JOB = "STARRec"
+MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")
+DTYPES = ("float32", "bfloat16")
+PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
+
+# Nobody waits for training meanwhile, and on a CPU the reference takes its time.
+LIMIT_S = 60.0
+
+WIDTH = 100
+COLUMNS = (21, 20, 10, 9)  # op, sizes, backend, dtype; the verdict takes the rest
+
+Need = tuple[str, tuple[tuple[str, int], ...]]
+
+
+def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
+    """Ops, each with its sizes, that a model calls when it trains and is evaluated; none for a model not known here.
+
+    Args:
+        model: its name.
+        settings: its configuration.
+    """
+    if model not in MODELS:
+        return []
+    size = settings["hidden_size"]
+    inner = settings["expand"] * size
+    found: list[tuple[str, dict[str, int]]] = []
+    if model == "SSD4Rec":
+        channels = inner + 2 * settings["d_state"]
+        heads = inner // settings["headdim"]
+        found.append(("causal_conv", {"D": channels, "K": settings["d_conv"]}))
+        found.append(("ssd", {"H": heads, "P": settings["headdim"], "G": 1, "N": settings["d_state"]}))
+    elif model == "Mamba4Rec" or settings["use_ssm"]:
+        found.append(("causal_conv", {"D": inner, "K": settings["d_conv"]}))
+        found.append(("selective_scan", {"D": inner, "N": settings["d_state"]}))
+    if model == "STARRec" and settings["use_pma"]:
+        heads = settings["n_heads"]
+        metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}
+        window = {"window": settings["attention_window"]} if settings["attention_window"] else {}
+        found.append(("preference_attention", {"H": heads, "P": size // heads, **metrics, **window}))
+    return [(op, tuple(sizes.items())) for op, sizes in found]
+
+
+def prefetch(config: Any) -> None:
+    """On a GPU, check all that a model needs side by side, before its first step asks for one after the other.
+
+    Args:
+        config: the model's configuration.
+    """
+    device = torch.device(config["device"])
+    if not is_checked(device):
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported() else "float16"
+    dtype = half if config["enable_amp"] else "float32"
+    named = config["ssm_backend"] not in (None, "auto")  # which is not for the attention
+    checks = []
+    for op, sizes in needs(config["model"], config):
+        if named and op != "preference_attention":
+            continue
+        able = [backend for backend in preferred(device) if not why_not(op, backend, probe(device, dtype))]
+        checks += [Check(op, first, str(device), dtype, sizes, tf32=tf32_allowed(device)) for first in able[:1]]
+    verdicts(checks)
+
+
+def probe(device: torch.device, dtype: str = "float32") -> torch.Tensor:
+    """A tensor to ask :func:`why_not` about."""
+    return torch.empty(0, dtype=getattr(torch, dtype), device=device)
+
+
+def default_needs(model: str) -> list[Need]:
+    """The :func:`needs` of a model as its property file has it."""
+    return needs(model, yaml.safe_load((properties_dir() / "model" / f"{model}.yaml").read_text(encoding="utf-8")))
+
+
+def diagnose(anew: bool = False) -> int:
+    """Print the table.
+
+    Args:
+        anew: check again what has been checked before.
+
+    Returns:
+        0 where the main job can run on this machine, else 1.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tried = [b for b in BACKENDS[1:] if b != "cpu" or device.type == "cpu"]
+    ops = list(dict.fromkeys(need for model in MODELS for need in default_needs(model)))
+    absent = {
+        (op, b): why_not(op, b, probe(device)).removesuffix("; use ssm_backend: auto") for op, _ in ops for b in tried
+    }
+
+    def check(need: Need, backend: str, dtype: str) -> Check:
+        return Check(need[0], backend, str(device), dtype, need[1], tf32=tf32_allowed(device))
+
+    checks = [check(need, b, dtype) for need in ops for b in tried if not absent[need[0], b] for dtype in DTYPES]
+    print(f"checking {len(checks)} cases, one after another; kernels compile the first time", file=sys.stderr)
+    found = verdicts(checks, LIMIT_S, timed=True, anew=anew)
+
+    for name, text in about(device).items():
+        _row([name], text, COLUMNS[:1])
+    print()
+    _row(["op", "sizes", "backend", "dtype"], "verdict, and how many times as fast as the reference")
+    for need in ops:
+        label = [need[0], " ".join(f"{letter} {size}" for letter, size in need[1])]
+        for backend in tried:
+            if absent[need[0], backend]:
+                _row([*label, backend, "all"], absent[need[0], backend])
+                label = ["", ""]
+            else:
+                for dtype in DTYPES:
+                    _row([*label, backend, dtype], _cell(found[check(need, backend, dtype)]))
+                    label = ["", ""]
+    print()
+
+    taken, failed = {}, []
+    for need in default_needs(MAIN_JOB):
+        ways = [b for b in (*preferred(device), "reference") if not absent[need[0], b]]
+        if not is_checked(device):
+            ways = ways[:1]
+        right = [b for b in ways if found[check(need, b, "float32")].state == "right"]
+        if right:
+            taken[need[0]] = right[0]
+        else:
+            failed.append(need[0])
+    if failed:
+        print(_wrapped(f"The main job ({MAIN_JOB}) cannot run here: {', '.join(failed)} has no backend that is right."))
+        return 1
+    print(
+        _wrapped(f"The main job ({MAIN_JOB}) runs here: " + ", ".join(f"{op} on {b}" for op, b in taken.items()) + ".")
+    )
+    return 0
+
+
+def about(device: torch.device) -> dict[str, str]:
+    """The machine and the versions, by name."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        without = ""
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        without = f"; no GPU that torch can use (it is {built_for})"
+    hardware = dict(self_check.hardware(str(device)))
+    return {
+        "device": hardware.pop("device") + without,
+        **hardware,
+        "memory": f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free",
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        "CUDA": torch.version.cuda or torch.version.hip or "none",
+        **{name: self_check.package_version(name) for name in PACKAGES},
+        "kernels": self_check.kernels_digest(),
+        "verdicts kept in": _from_home(self_check.cache_folder()),
+    }
+
+
+def _from_home(folder: Path) -> str:
+    try:
+        return f"~/{folder.relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):
+        return str(folder)
+
+
+def _cell(found: Verdict) -> str:
+    if found.times_as_fast is None or found.times_as_fast == 1.0:
+        return str(found)
+    return f"{found}, {found.times_as_fast:.2g} times as fast"
+
+
+def _row(cells: list[str], last: str, columns: tuple[int, ...] = COLUMNS) -> None:
+    """Print cells, and after them ``last`` on as many lines as it needs."""
+    indent = sum(columns)
+    lines = textwrap.wrap(last, WIDTH - indent, break_long_words=False, break_on_hyphens=False) or [""]
+    print(("".join(cell.ljust(width) for cell, width in zip(cells, columns, strict=True)) + lines[0]).rstrip())
+    for line in lines[1:]:
+        print(" " * indent + line)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH)
