@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, cases, ops
+from benchmarks import __main__, ops
 from benchmarks.measure import peak_bytes
-from recbole_ssm.ops import causal_conv
+from recbole_ssm.ops import causal_conv, cases
 
 
 def run(monkeypatch, *words):
