@@ -66,13 +66,12 @@ def run(lanes: list[Lane], keep: Callable[[Row], None], at_once: int = 1, deadli
                 started.append(_Process(waiting.popleft()))
             for process in started[:at_once]:
                 process.go()
-                over = process.over()
                 for row in process.new_rows():
                     keep(row)
-                if not over:
+                if not process.over():
                     continue
                 started.remove(process)
-                for row in process.last_rows():
+                for row in [*process.new_rows(), *process.last_rows()]:
                     keep(row)
                 process.end()
                 if process.left:
