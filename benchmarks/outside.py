@@ -45,7 +45,8 @@ class Outside:
         found = results(case, (self.rows(self.function(**self.lay_out(inputs))),), inputs)
         allowed = AGREES[next(iter(inputs.values())).dtype]
         off = {
-            name: float((found[name].detach().double() - t.detach()).norm() / t.detach().norm().clamp_min(1e-9)) / allowed
+            name: float((found[name].detach().double() - t.detach()).norm() / t.detach().norm().clamp_min(1e-9))
+            / allowed
             for name, t in truth.items()
         }
         return {name: value for name, value in off.items() if not value <= 1}
@@ -87,7 +88,7 @@ def _rows(case: Case, padded: Tensor) -> Tensor:
 
 
 def _biased(case: Case, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Outside:
-    """Attention with the same similarity, as a bias that is written out: ``attend(q, k, v, bias)``, ``[S, H, L, P]``."""
+    """Attention with the same similarity, as a bias written out: ``attend(q, k, v, bias)``, ``[S, H, L, P]``."""
     width, heads = case.inputs["q"].shape[2], case.inputs["q"].shape[1]
     threshold = case.fixed["threshold"][:, None, None]
     known = borders(case.fixed["cu_seqlens"])

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import __main__, ops
 from benchmarks.measure import peak_bytes
-from recbole_ssm.ops import causal_conv, cases
+from recbole_ssm.ops import cases, causal_conv
 
 
 def run(monkeypatch, *words):

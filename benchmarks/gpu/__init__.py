@@ -138,9 +138,7 @@ def failures(rows: list[Row]) -> list[str]:
 def grid(heads: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table; None is an empty cell."""
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
-    return lines + [
-        f"| {' | '.join('' if cell is None else _number(cell) for cell in row)} |" for row in rows
-    ]
+    return lines + [f"| {' | '.join('' if cell is None else _number(cell) for cell in row)} |" for row in rows]
 
 
 def report(folder: Path, page: Path) -> None:

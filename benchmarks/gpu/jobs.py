@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 POLL_S = 0.02
 START_S = 120.0  # to import everything from a cold disk
 LOG_LINES = 40
+CODE = "import json, sys; from benchmarks.gpu.jobs import answer; answer(json.loads(sys.argv[1]))"
 NO_TIME = "the part's time was over"
 
 Row = dict[str, Any]
@@ -103,7 +105,7 @@ class _Process:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [*lane.prefix, sys.executable, "-m", "benchmarks.gpu.jobs", json.dumps(request)],
+                [*lane.prefix, sys.executable, "-c", CODE, json.dumps(request)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder.name,
                 env=os.environ | {"PYTHONPATH": path} | lane.environment,
                 start_new_session=True,  # with what it starts it can be ended as one group
@@ -114,11 +116,8 @@ class _Process:
         """Let it begin."""
         if not self._gone:
             self._gone = True
-            try:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-            except BrokenPipeError:
-                pass
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             self._deadline = time.monotonic() + START_S
 
     def new_rows(self) -> Iterator[Row]:
@@ -175,10 +174,8 @@ class _Process:
 
     def end(self) -> None:
         """End it and all that it has started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self.folder.cleanup()
 
@@ -203,7 +200,3 @@ def answer(request: Row) -> None:
             if row["state"] != "done":
                 sys.stdout.flush()
                 os._exit(0)  # a GPU's context may be broken; another process goes on
-
-
-if __name__ == "__main__":
-    answer(json.loads(sys.argv[1]))

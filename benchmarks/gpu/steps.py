@@ -16,7 +16,7 @@ from benchmarks.gpu.jobs import Lane, Row
 from benchmarks.gpu.subjects import PRECISIONS, built, chosen, load
 from benchmarks.speed.contenders import RELEASED, Steps
 
-LIMIT_S = 170.0
+LIMIT_S = 140.0
 PROTOCOL = {
     "ms": "by the clock on the wall, the trainer's own steps on its loader's next batches: median of rounds",
     "busy, kernels, copies, waits": "of torch's profiler, a step: the difference of two profiles of different length, "
