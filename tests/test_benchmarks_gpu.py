@@ -1,31 +1,33 @@
-"""``python -m benchmarks gpu``: every part on tiny data, so that no part dies of a slip on a machine lent for minutes."""
+"""``python -m benchmarks gpu``: every part on tiny data, so that none dies of a slip on a machine lent for minutes."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-import types
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from recbole.model.abstract_recommender import SequentialRecommender
 from torch import nn
 
 from benchmarks import __main__, gpu, outside
-from benchmarks.gpu import check, jobs, peers, subjects
+from benchmarks.gpu import check, jobs, subjects
 from benchmarks.gpu.jobs import Lane
-from benchmarks.ops import checks
-from benchmarks.speed import authors
+from benchmarks.ops import SIZES as OP_SIZES
+from benchmarks.ops import checks, timed_case
+from recbole_ssm import ops
 from recbole_ssm.cli import run_recbole
 from recbole_ssm.graphs import GraphedSteps
 from recbole_ssm.layers import Mamba, Mamba2
-from recbole_ssm.models.ssd4rec import SSD4Rec
-from recbole_ssm.ops import selective_scan, ssd
+from recbole_ssm.ops import cases
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 from recbole_ssm.trainer import SequenceTrainer
-from tests.conftest import build, random_rows, write_dataset
+from tests.conftest import random_rows, write_dataset
 from tests.test_graphs import Graph
 
 SMALL = ("hidden_size=16", "MAX_ITEM_LIST_LENGTH=10", "train_batch_size=64", "eval_batch_size=64", "d_state=4")
@@ -73,13 +75,11 @@ def told(rows):
 
 def test_what_crashes_or_fails_costs_no_other_case(lane):
     rows = ran(lane("fine", "aborts", "fine", "raises", "fine"), lane("fine"))
-    assert told(rows) == [
-        ("fine", "done", 7), ("aborts", "crashes", None), ("fine", "done", 7), ("raises", "fails", None),
-        ("fine", "done", 7), ("fine", "done", 7),
-    ]  # fmt: skip
-    assert rows[1]["detail"] == "SIGABRT"
-    assert rows[3]["detail"] == "ValueError: of no use"
-    assert any("at_work.py" in line for line in rows[3]["log"])
+    assert told(rows).count(("fine", "done", 7)) == 4
+    crashed, failed = (row for row in rows if row["how"] != "fine")
+    assert (crashed["how"], crashed["state"], crashed["detail"]) == ("aborts", "crashes", "SIGABRT")
+    assert (failed["how"], failed["state"], failed["detail"]) == ("raises", "fails", "ValueError: of no use")
+    assert any("at_work.py" in line for line in failed["log"])
 
 
 def test_a_case_that_hangs_is_ended(lane):
@@ -218,9 +218,7 @@ def test_a_kernel_of_others_that_disagrees_has_no_time(here, monkeypatch, capsys
 
 
 def _sizes(key):
-    from benchmarks.ops import SIZES
-
-    return SIZES[key[0]][0], getattr(torch, key[1]), key[2]
+    return OP_SIZES[key[0]][0], getattr(torch, key[1]), key[2]
 
 
 def test_the_tables_go_into_a_page(here, monkeypatch, capsys):
@@ -231,6 +229,190 @@ def test_the_tables_go_into_a_page(here, monkeypatch, capsys):
     page = Path("page.md").read_text()
     assert page.count("#### `gpu ops` on ") == 1
     assert "Commit abc1234" in page
+
+
+# --- Others' code, by stand-ins that have its names and compute by our layers
+
+
+class Theirs(nn.Module):
+    """A block of mamba_ssm's, with its parameters' names."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = [block]  # hidden from the names
+        for name, module in block.named_children():
+            self.add_module("conv1d" if name == "conv" else name, module)
+        for name, parameter in block.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, x, seq_idx=None):
+        count, length, _ = x.shape
+        lengths = torch.full((count,), length) if seq_idx is None else torch.bincount(seq_idx[0])
+        return self.block[0](x.flatten(0, 1), cu_seqlens_from_lengths(lengths)).view(x.shape)
+
+
+class FeedForwardOfTheirs(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=1e-12)
+
+    def forward(self, x):
+        return self.LayerNorm(self.w_2(F.gelu(self.w_1(x))) + x)
+
+
+class LayerOfTheirs(nn.Module):
+    def __init__(self, name, block, size):
+        super().__init__()
+        self.add_module(name, Theirs(block))
+        self.LayerNorm, self.ffn = nn.LayerNorm(size, eps=1e-12), FeedForwardOfTheirs(size)
+
+
+class ModelOfTheirs(SequentialRecommender):
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.item_embedding = nn.Embedding(self.n_items, config["hidden_size"])
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=1e-12)
+
+    def scores(self, hidden):
+        return hidden @ self.item_embedding.weight.T
+
+
+class Mamba4Rec(ModelOfTheirs):
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        size = config["hidden_size"]
+        block = Mamba(size, config["d_state"], config["d_conv"], config["expand"])
+        self.mamba_layers = nn.ModuleList([LayerOfTheirs("mamba", block, size)])
+
+    def full_sort_predict(self, interaction):
+        hidden = self.LayerNorm(self.item_embedding(interaction[self.ITEM_SEQ]))
+        for layer in self.mamba_layers:
+            hidden = layer.ffn(layer.LayerNorm(layer.mamba(hidden)))
+        return self.scores(self.gather_indexes(hidden, interaction[self.ITEM_SEQ_LEN] - 1))
+
+    def calculate_loss(self, interaction):
+        return F.cross_entropy(self.full_sort_predict(interaction), interaction[self.POS_ITEM_ID])
+
+
+class SSD4Rec(ModelOfTheirs):
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        size, self.beta = config["hidden_size"], config["beta"]
+        blocks = [
+            Mamba2(size, config["d_state"], config["d_conv"], config["expand"], config["headdim"])
+            for _ in range(config["num_layers"])
+        ]
+        self.BiSSD_layers = nn.ModuleList([LayerOfTheirs("forward_ssd", block, size) for block in blocks])
+
+    def full_sort_predict(self, items, ends, register, flip):
+        hidden = self.LayerNorm(self.item_embedding(items[None]))
+        for layer in self.BiSSD_layers:
+            backward = layer.forward_ssd(hidden[:, flip.long()], seq_idx=register[None])
+            hidden = layer.forward_ssd(hidden, seq_idx=register[None]) + self.beta * backward + hidden
+            hidden = layer.ffn(layer.LayerNorm(hidden))
+        return self.scores(hidden[0, ends - 1])
+
+    def calculate_loss(self, targets, *borders):
+        return F.cross_entropy(self.full_sort_predict(*borders), targets)
+
+
+def test_peers(here, monkeypatch, capsys, tmp_path):
+    for name in ("mamba4rec", "ssd4rec"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        class_name = "Mamba4Rec" if name == "mamba4rec" else "SSD4Rec"
+        (tmp_path / f"{name}.py").write_text(f"from {__name__} import {class_name}\n")
+    rows = run(monkeypatch, "peers", "--ssd4rec", str(tmp_path), "--mamba4rec", str(tmp_path))
+    assert [row["peer"] for row in rows if row["peer"] != "RecTools"] == ["SSD4Rec", "Mamba4Rec"]
+    for row in rows[:2]:
+        assert row["off"] < 1e-4
+        assert row["targets_per_s"]["theirs"] > 0
+        assert row["times_as_fast"].keys() == row["targets_per_s"].keys()
+    assert "| Mamba4Rec | ours, the same rows |" in capsys.readouterr().out
+
+
+def test_no_ratio_is_told_of_models_that_differ(here, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "mamba4rec", raising=False)
+    (tmp_path / "mamba4rec.py").write_text(
+        f"from {__name__} import Mamba4Rec as Right\n"
+        "class Mamba4Rec(Right):\n    def scores(self, hidden):\n        return 1.01 * super().scores(hidden)\n"
+    )
+    row = run(monkeypatch, "peers", "--mamba4rec", str(tmp_path))[0]
+    assert row["off"] == pytest.approx(0.01 / 1.01, rel=0.01)
+    assert row["times_as_fast"] is None
+
+
+@pytest.mark.parametrize(
+    ("op", "package"), [("selective_scan", "mamba_ssm"), ("ssd", "mamba_ssm"), ("causal_conv", "causal_conv1d")]
+)
+def test_others_kernels_get_the_same_work(monkeypatch, op, package):
+    """Their layouts, by stand-ins that compute by our references and take exactly what their kernels take."""
+
+    def selective_scan_fn(u, delta, A, B, C, delta_bias, delta_softplus):
+        count, channels, length = u.shape
+        assert (B.shape[0], B.shape[2], A.shape) == (count, length, (channels, B.shape[1]))
+        x, dt, B, C = (t.mT.flatten(0, 1) for t in (u, delta, B, C))
+        cu_seqlens = cu_seqlens_from_lengths(torch.full((count,), length))
+        out = ops.selective_scan(
+            x, dt, A, B, C, dt_bias=delta_bias, dt_softplus=delta_softplus, cu_seqlens=cu_seqlens, backend="reference"
+        )
+        return out.unflatten(0, (count, length)).mT
+
+    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, dt_bias, seq_idx, dt_softplus):
+        count, length = x.shape[:2]
+        lengths = torch.full((count,), length) if seq_idx is None else torch.bincount(seq_idx[0])
+        x, dt, B, C = (t.flatten(0, 1) for t in (x, dt, B, C))
+        out = ops.ssd(
+            x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens_from_lengths(lengths),
+            backend="reference",
+        )  # fmt: skip
+        return out.unflatten(0, (count, length))
+
+    def causal_conv1d_fn(x, weight, bias, seq_idx, activation):
+        assert x.stride(1) == 1
+        cu_seqlens = cu_seqlens_from_lengths(torch.bincount(seq_idx[0]))
+        return ops.causal_conv(x[0].T, weight, bias, activation, cu_seqlens=cu_seqlens, backend="reference").T[None]
+
+    for name, function in (
+        ("mamba_ssm.ops.selective_scan_interface", selective_scan_fn),
+        ("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined),
+        ("causal_conv1d", causal_conv1d_fn),
+    ):
+        module = ModuleType(name)
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, name, module)
+    case = timed_case(op, [1, 2, 17, 5], SIZES[op], torch.float32, "cpu")
+    truth = cases.true_results(case)
+    theirs = {
+        "selective_scan": lambda: [outside._selective_scan(case)],
+        "ssd": lambda: [outside._ssd(case, packed=True), outside._ssd(case, packed=False)],
+        "causal_conv": lambda: [outside._causal_conv1d(case)],
+    }
+    for other in theirs[op]():
+        assert other.disagrees(case, truth) == {}
+        leaves = other.leaves(case)
+        assert all(t.is_leaf and t.requires_grad for t in leaves.values())
+        other.function(**leaves).sum().backward()
+
+
+SIZES = {
+    "selective_scan": {"D": 6, "N": 3},
+    "ssd": {"H": 4, "P": 3, "G": 1, "N": 5},
+    "causal_conv": {"D": 6, "K": 4},
+}
+
+
+def test_flex_attention_has_the_same_bias(monkeypatch):
+    """Its forward pass, which a CPU has without torch's compiler."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(outside, "_compiled_flex", lambda: flex_attention)
+    sizes = {"H": 2, "P": 8, "M": 2, "E": 16}
+    case = timed_case("preference_attention", [1, 20, 7], sizes, torch.float32, "cpu")
+    other = outside.outside(case, compiled=True)["FlexAttention with bias, padded"]
+    with torch.no_grad():
+        found = other.rows(other.function(**other.lay_out(case.inputs)))
+        torch.testing.assert_close(found, case.run("reference")[0], rtol=1e-4, atol=1e-5)
 
 
 def test_train(here, monkeypatch, capsys):
