@@ -104,14 +104,19 @@ def candidates(case: Case, checked: dict[str, Any], compiled: bool = False) -> I
 
 
 def checks(
-    op: str, sizes: dict[str, int], dtype: torch.dtype, device: str, compiled: bool = False
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    op: str,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    device: str,
+    compiled: bool = False,
+    lengths: tuple[int, ...] = CHECKED,
+) -> dict[str, dict[str, float]]:
     """What is wrong with each backend and each of others' kernels; nothing where it may be timed."""
     checked: dict[str, dict[str, float]] = {"reference": {}}
     for name in backends(op, device, dtype):
-        checked[name] = right(make(op, list(CHECKED), sizes, dtype, device, states=name != "mamba_ssm"), name)
+        checked[name] = right(make(op, list(lengths), sizes, dtype, device, states=name != "mamba_ssm"), name)
     # Theirs know neither of states nor of empty sequences.
-    case = timed_case(op, [length for length in CHECKED if length], sizes, dtype, device)
+    case = timed_case(op, [length for length in lengths if length], sizes, dtype, device)
     others = outside(case, compiled)
     truth = true_results(case) if others else {}
     return checked | {name: other.disagrees(case, truth) for name, other in others.items()}

@@ -1,5 +1,6 @@
 """The models that are compared, each with its loaders and its trainer, and what is measured of all of them."""
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -126,7 +127,9 @@ def contender(
     config = config_of(arguments, model, fixed, {**COMMON, **own})
     dataset = None
     if datasets is not None:
-        dataset = datasets[model] = datasets.get(model) or create_dataset(config)
+        if model not in datasets:
+            datasets[model] = create_dataset(config)
+        dataset = copy.deepcopy(datasets[model])  # which is split once
         dataset.config = config
     _, (train_data, valid_data, _) = load_data(config, dataset)
     built = build_model(config, train_data)
