@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, experiments, history, ops, profile, search, speed
+from benchmarks import accuracy, experiments, gpu, history, ops, profile, search, speed
 
 
 def main() -> None:
@@ -18,6 +18,9 @@ def main() -> None:
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
     experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
     search.add_arguments(commands.add_parser("search", help="trials side by side against one after the other"))
+    gpu.add_arguments(
+        commands.add_parser("gpu", help="all that a machine with a GPU is needed for, in parts of minutes")
+    )
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,36 +1,43 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU is needed for: kernels and models checked on the chip, then timed beside others'.
-# Results: benchmarks/results/*-<device>.json, tables and plots in docs/. Takes some 30 minutes; a part of it, say
-# because a machine is lent for less: benchmarks/gpu.sh tests | ops | profile | speed | study, and more options after the
-# word. A study that is stopped goes on from where it was when it is started again.
+# All that a machine with a GPU is needed for: benchmarks/gpu.sh PART..., each part 3 minutes at most, all five 10.
+#   check   ops, CUDA graphs and memory accesses are right     steps   what a training step takes
+#   ops     beside others' kernels    peers   beside the authors' code    train   whole runs, and what they learn
+#   all     these, in this order      study   hours: the study on a GPU, gone on with when it is started again
+# Words that begin with a dash go to each part (python -m benchmarks gpu --help). Needs no network.
 #
-#   DATA=folder that holds ml-1m, for profile, speed and study
-#   SSD4REC=checkout of SSD4Rec's released code (github, ZhangYifeng1995), to train beside ours; needs mamba_ssm
+#   DATA=folder that holds ml-1m      RESULTS=folder for result files and tables; benchmarks/results
+#   SSD4REC=, MAMBA4REC=checkouts of their released code (github, ZhangYifeng1995/SSD4Rec, chengkai-liu/Mamba4Rec)
+#   WHEELS=folder of wheels to use that are not installed     COMMIT=what is measured, where there is no repository
 #
-# mamba_ssm and causal_conv1d take part where they are installed (docs/backends.md has the lines).
-set -euo pipefail
+# mamba_ssm, causal_conv1d, compute-sanitizer and RecTools take part where they are installed. docs/benchmarks.md tells
+# how to use a chip of which there are 15 minutes.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:-all}
-shift || true
+results=${RESULTS:-benchmarks/results}
+parts=() options=()
+for word in "$@"; do case $word in -*) options+=("$word") ;; *) parts+=("$word") ;; esac; done
+case "${parts[*]:-all}" in all) parts=(check steps ops peers train) ;; esac
 
-python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can use"'
-wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
-if wanted tests; then
-    python3 -m pytest -q -n 4 tests/ops tests/layers tests/models tests/test_losses.py tests/test_trainer.py
+if [ -n "${WHEELS:-}" ]; then
+    packages=$(mktemp -d)
+    trap 'rm -rf "$packages"' EXIT
+    python3 -m pip install -q --no-index --no-deps --target "$packages" "$WHEELS"/*.whl || exit 1
+    export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
 fi
-if wanted ops; then python3 -m benchmarks ops "$@"; fi
-if wanted profile; then
-    python3 -m benchmarks profile --data_path "$DATA" --models STARRec Mamba4Rec SSD4Rec "$@"
-    # bfloat16 in the same places; --output and --page keep it from writing over the first.
-    python3 -m benchmarks profile --data_path "$DATA" --models STARRec Mamba4Rec SSD4Rec --settings enable_amp=True \
-        --output benchmarks/results/profile-amp.json --page docs/benchmarks-amp.md "$@"
-fi
-if wanted speed; then
-    python3 -m benchmarks speed --data_path "$DATA" --parts training evaluation lengths catalogue \
-        ${SSD4REC:+--authors_ssd4rec "$SSD4REC"} "$@"
-fi
-if [ "$part" = study ]; then # hours, so it is no part of all
-    # Rows go to a file of their own: a GPU's are not a CPU's. SSD4Rec as released, which a CPU is too slow for, too.
-    python3 -m benchmarks accuracy --data_path "$DATA" --datasets ml-1m --jobs 4 --results benchmarks/results/gpu \
-        --models STARRec Mamba4Rec SASRec SSD4Rec-released --work saved/study-gpu --page docs/study-gpu.md "$@"
-fi
+mkdir -p "$results"
+failed=0
+for part in "${parts[@]}"; do
+    if [ "$part" = study ]; then
+        # Rows go to a file of their own: a GPU's are not a CPU's. SSD4Rec as released, which a CPU is too slow for, too.
+        python3 -m benchmarks accuracy --data_path "$DATA" --datasets ml-1m --jobs 4 --results "$results/gpu" \
+            --models STARRec Mamba4Rec SASRec SSD4Rec-released --work saved/study-gpu --page docs/study-gpu.md || failed=1
+        continue
+    fi
+    # The part keeps its own time; this is for one that does not.
+    timeout -k 5 195 python3 -u -m benchmarks gpu "$part" --data_path "${DATA:-dataset}" --results "$results" \
+        ${SSD4REC:+--ssd4rec "$SSD4REC"} ${MAMBA4REC:+--mamba4rec "$MAMBA4REC"} ${options[@]+"${options[@]}"} \
+        >"$results/gpu-$part.log" 2>&1 || failed=1
+    # What a lent machine shows of all is its last lines.
+    sed -n '/^####/,$p' "$results/gpu-$part.log" | grep . || tail -n 30 "$results/gpu-$part.log"
+done
+exit $failed

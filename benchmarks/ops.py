@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.environment import environment, slug
 from benchmarks.measure import copy_rate, peak_bytes, rounds, seconds
-from benchmarks.outside import outside
+from benchmarks.outside import AGREES, outside
 from benchmarks.report import ops_table, write_section
 from recbole_ssm.ops.backend import BACKENDS, why_not
-from recbole_ssm.ops.cases import OPS, Case, make, right
+from recbole_ssm.ops.cases import OPS, Case, make, right, true_results
 
 HERE = Path(__file__).parent
 TOKENS = (4096, 32768, 131072, 524288)
@@ -90,13 +90,44 @@ class Candidate:
             self.forward()
 
 
-def candidates(case: Case, checked: dict[str, Any]) -> Iterator[tuple[str, Candidate]]:
-    """What is timed for a case: each backend that has passed its check, then others' kernels."""
+def candidates(case: Case, checked: dict[str, Any], compiled: bool = False) -> Iterator[tuple[str, Candidate, float]]:
+    """What is timed for a case, and the bytes that it needs as far as known: each that has passed its check."""
     leaves = list(case.inputs.values())
-    for name in (backend for backend, excess in checked.items() if not excess):
-        yield name, Candidate(lambda name=name: case.run(name)[0], leaves)  # type: ignore[misc]
-    for name, (function, inputs) in outside(case).items():
-        yield name, Candidate(lambda f=function, i=inputs: f(**i), list(inputs.values()))  # type: ignore[misc]
+    longest = int(case.fixed["cu_seqlens"].diff().max())
+    for name in (backend for backend in BACKENDS if checked.get(backend) == {}):
+        needed = reference_bytes(case, longest) if name == "reference" else 0.0
+        yield name, Candidate(lambda name=name: case.run(name)[0], leaves), needed  # type: ignore[misc]
+    for name, other in outside(case, compiled).items():
+        if checked.get(name) == {}:
+            own = other.leaves(case)
+            yield name, Candidate(lambda f=other.function, i=own: f(**i), list(own.values())), other.bytes  # type: ignore[misc]
+
+
+def checks(
+    op: str,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    device: str,
+    compiled: bool = False,
+    lengths: tuple[int, ...] = CHECKED,
+) -> dict[str, dict[str, float]]:
+    """What is wrong with each backend and each of others' kernels; nothing where it may be timed."""
+    checked: dict[str, dict[str, float]] = {"reference": {}}
+    for name in backends(op, device, dtype):
+        checked[name] = right(make(op, list(lengths), sizes, dtype, device, states=name != "mamba_ssm"), name)
+    # Theirs know neither of states nor of empty sequences.
+    case = timed_case(op, [length for length in lengths if length], sizes, dtype, device)
+    others = outside(case, compiled)
+    truth = true_results(case) if others else {}
+    return checked | {name: other.disagrees(case, truth) for name, other in others.items()}
+
+
+def timed_case(op: str, lengths: list[int], sizes: dict[str, int], dtype: torch.dtype, device: str) -> Case:
+    """A case with what all candidates have: no states, skip or gate."""
+    case = make(op, lengths, sizes, dtype, device, states=False)
+    for unused in ("D", "z"):
+        case.inputs.pop(unused, None)
+    return case
 
 
 def backends(op: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -124,7 +155,9 @@ def floor_bytes(case: Case, out: Tensor) -> tuple[float, float]:
     return moved[0] + moved[1], 3 * moved[0] + 2 * moved[1]
 
 
-def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[str, float]) -> dict[str, Any]:
+def measure(
+    case: Case, checked: dict[str, Any], limit: float, previous: dict[str, float], compiled: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Times, ratios and memory of every candidate for one case.
 
     Args:
@@ -132,6 +165,7 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
         checked: what each backend's parity check found.
         limit: most seconds that a call may take.
         previous: seconds a token of each candidate, kept from case to case.
+        compiled: see :func:`benchmarks.outside.outside`.
     """
     cuda = case.fixed["cu_seqlens"].is_cuda
     total = case.fixed["cu_seqlens"][-1].item()
@@ -141,11 +175,11 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
     rows: dict[str, Any] = {}
     timed: dict[str, Candidate] = {}
     round_s = 0.0
-    for name, candidate in candidates(case, checked):
+    for name, candidate, needed in candidates(case, checked, compiled):
         quadratic = case.op == "preference_attention"
         expected = previous.get(name, 0.0) * total * (longest if quadratic else 1)
-        if name == "reference" and reference_bytes(case, longest) > 0.6 * free:
-            rows[name] = {"left out": f"needs about {reference_bytes(case, longest) / 2**30:.0f} GiB"}
+        if needed > 0.6 * free:
+            rows[name] = {"left out": f"needs about {needed / 2**30:.0f} GiB"}
         elif expected > limit:
             rows[name] = {"left out": f"takes about {expected:.0f} s a call"}
         else:
@@ -166,7 +200,7 @@ def measure(case: Case, checked: dict[str, Any], limit: float, previous: dict[st
             "both_peak_bytes": peak_bytes(candidate.both, cuda),
         }
     for name in timed:  # how many times as fast as each other candidate: the median over rounds
-        if name in checked:
+        if name in BACKENDS:
             rows[name]["times_as_fast_as"] = {
                 other: {
                     "forward": median(b / a for a, b in zip(forward[name], forward[other], strict=True)),
@@ -187,7 +221,8 @@ def main(arguments: argparse.Namespace) -> None:
         "protocol": {
             "timing": "median of 3 to 20 rounds, every candidate once a round; ratios are medians over rounds",
             "memory": "peak above what was held before: torch's allocator on a GPU, resident set on a CPU",
-            "parity": f"against the reference in float64, lengths {CHECKED}, before anything is timed",
+            "parity": f"against the reference in float64, lengths {CHECKED}, before anything is timed; of others' "
+            f"kernels norms of the errors, up to {', '.join(f'{v:g} in {k}' for k, v in AGREES.items())}",
             "options": "dt_softplus, dt_bias, no D, no z; silu; no window, all queries; no states",
             "sequences": {"beauty": "lengths of amazon-beauty's users, cut to 50"},
         },
@@ -200,22 +235,16 @@ def main(arguments: argparse.Namespace) -> None:
     for op in arguments.ops:
         for sizes in SIZES[op] + (MORE_SIZES[op] if device == "cuda" else []):
             for dtype in dtypes:
-                checked: dict[str, Any] = {"reference": {}}
-                for name in backends(op, device, getattr(torch, dtype)):
-                    tested = make(op, list(CHECKED), sizes, getattr(torch, dtype), device, states=name != "mamba_ssm")
-                    checked[name] = right(tested, name)
-                    if checked[name]:
-                        print(
-                            f"{op} {sizes} {dtype}: {name} FAILS its parity check, so it is not timed: {checked[name]}"
-                        )
+                checked = checks(op, sizes, getattr(torch, dtype), device)
+                for name, wrong in checked.items():
+                    if wrong:
+                        print(f"{op} {sizes} {dtype}: {name} FAILS its parity check, so it is not timed: {wrong}")
                 for length in arguments.lengths:
                     previous: dict[str, float] = {}
                     for tokens in sorted(arguments.tokens):
                         if length != "beauty" and int(length) > tokens:
                             continue
-                        case = make(op, sequences(length, tokens), sizes, getattr(torch, dtype), device, states=False)
-                        for unused in ("D", "z"):
-                            case.inputs.pop(unused, None)
+                        case = timed_case(op, sequences(length, tokens), sizes, getattr(torch, dtype), device)
                         rows = measure(case, checked, arguments.limit, previous)
                         moved = floor_bytes(case, next(iter(case.inputs.values())))
                         _put(found["cases"], {

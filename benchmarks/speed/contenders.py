@@ -1,5 +1,6 @@
 """The models that are compared, each with its loaders and its trainer, and what is measured of all of them."""
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -18,6 +19,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 
 from benchmarks.measure import rounds
 from recbole_ssm import Config
+from recbole_ssm.data import create_dataset
 from recbole_ssm.quick_start import build_model, load_data
 from recbole_ssm.trainer import get_trainer
 
@@ -110,11 +112,26 @@ def recboles_sasrec(arguments: Namespace, **fixed: Any) -> Contender:
     return Contender(RECBOLE, config, train_data, valid_data, model, recbole.trainer.Trainer(config, model))
 
 
-def contender(arguments: Namespace, model: str, **fixed: Any) -> Contender:
-    """A model as ``recbole_ssm.run_recbole`` would build it, trained as it is by default, SASRec in sequence mode."""
+def contender(
+    arguments: Namespace, model: str, datasets: dict[str, Any] | None = None, **fixed: Any
+) -> Contender:  # fmt: skip
+    """A model as ``recbole_ssm.run_recbole`` would build it, trained as it is by default, SASRec in sequence mode.
+
+    Args:
+        arguments: ``data_path``, ``dataset`` and ``settings``.
+        model: its name.
+        datasets: keeps the filtered data of each model, for configurations that differ in nothing of them.
+        fixed: settings above all others.
+    """
     own = {"SASRec": {"train_mode": "sequence"}, "SSD4Rec": RELEASED}.get(model, {})
     config = config_of(arguments, model, fixed, {**COMMON, **own})
-    _, (train_data, valid_data, _) = load_data(config)
+    dataset = None
+    if datasets is not None:
+        if model not in datasets:
+            datasets[model] = create_dataset(config)
+        dataset = copy.deepcopy(datasets[model])  # which is split once
+        dataset.config = config
+    _, (train_data, valid_data, _) = load_data(config, dataset)
     built = build_model(config, train_data)
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, built)
     name = SEQUENCE_MODE if model == "SASRec" else model

@@ -1,0 +1,158 @@
+"""The models beside their authors' code, and SASRec beside RecTools': equal outputs first, then speed."""
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.gpu import grid
+from benchmarks.gpu.jobs import Lane, Row
+from benchmarks.gpu.subjects import arguments_of, built
+from benchmarks.speed.authors import (
+    MAMBA4REC_NAMES,
+    SSD4REC_NAMES,
+    copy_weights,
+    deviation,
+    released_mamba4rec,
+    released_ssd4rec,
+)
+from benchmarks.speed.contenders import Contender, Steps, ratios, wall_rounds
+
+LIMIT_S = 70.0
+AGREES = 1e-3
+PROTOCOL = {
+    "off": "largest deviation of all items' scores for a batch of users, their model with our weights, relative to "
+    f"the largest score; a ratio is told up to {AGREES:g}",
+    "targets_per_s": "median of rounds in which all take their turn, by the clock on the wall, loading included; "
+    "ratios are medians over rounds",
+    "rows": "SSD4Rec: both one target a row, 1,024 a step. Mamba4Rec: theirs 2,048 padded rows a step, ours the same "
+    "rows packed, and whole histories",
+    "RecTools": "SASRecModel, softmax over all items, whole histories: the time of three epochs less that of one, over "
+    "two; its loss counts each history's latest 200 targets",
+}
+
+
+def stages(about: Row) -> Iterator[tuple[list[Lane], int]]:
+    """A process a peer."""
+    cases = [{"peer": name} for name in ("SSD4Rec", "Mamba4Rec") if name in about["checkouts"]]
+    cases += [{"peer": "RecTools"}] * (importlib.util.find_spec("rectools") is not None)
+    yield [Lane(f"{__name__}:measure_peer", (case,), about, 80.0) for case in cases], 1
+
+
+def measure_peer(about: Row, peer: str) -> Row:
+    """One peer's rate beside ours."""
+    return {"SSD4Rec": _ssd4rec, "Mamba4Rec": _mamba4rec, "RecTools": _rectools}[peer](about)
+
+
+def _ssd4rec(about: Row) -> Row:
+    batch: dict[str, Any] = {"train_batch_size": 64} if about["quick"] else {}
+    theirs = released_ssd4rec(arguments_of(about), Path(about["checkouts"]["SSD4Rec"]), **batch)
+    ours = {
+        "ours, float32": built(about, "SSD4Rec", **batch),
+        "ours, bfloat16": built(about, "SSD4Rec", "bfloat16", **batch),
+    }
+    copy_weights(ours["ours, float32"].model, theirs.model, SSD4REC_NAMES)
+    return _compared(about, theirs, ours)
+
+
+def _mamba4rec(about: Row) -> Row:
+    batch: dict[str, Any] = {"train_batch_size": 64} if about["quick"] else {}
+    theirs = released_mamba4rec(arguments_of(about), Path(about["checkouts"]["Mamba4Rec"]), **batch)
+    ours = {
+        "ours, whole histories": built(about, "Mamba4Rec", **batch),
+        "ours, whole histories, bfloat16": built(about, "Mamba4Rec", "bfloat16", **batch),
+        "ours, the same rows": built(about, "Mamba4Rec", train_mode="prefix", **batch),
+    }
+    copy_weights(ours["ours, whole histories"].model, theirs.model, MAMBA4REC_NAMES)
+    return _compared(about, theirs, ours)
+
+
+def _compared(about: Row, theirs: Contender, ours: dict[str, Contender]) -> Row:
+    """How far theirs is from the first of ours, and the rates of all."""
+    off = deviation(next(iter(ours.values())), theirs)
+    steps = {name: Steps(contender) for name, contender in {"theirs": theirs, **ours}.items()}
+    for name, step in steps.items():
+        step.steps = 2 if about["quick"] else 12
+        step.take()  # compile, tune, capture
+        step.steps = 1 if about["quick"] else 4
+        taken = wall_rounds({name: step.take}, 1)[name][0] / step.steps
+        step.steps = 1 if about["quick"] else max(2, min(50, round(0.7 / taken)))
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(2 if about["quick"] else 5):
+        for name, times in wall_rounds({name: step.take for name, step in steps.items()}, 1).items():
+            rates[name].append(steps[name].num_targets / times[0])
+    ratio = {name: found["median"] for name, found in ratios(rates, "theirs").items()}
+    return {
+        "off": off,
+        "targets_per_s": {name: median(found) for name, found in rates.items()},
+        "times_as_fast": ratio if off <= AGREES else None,
+    }
+
+
+def _rectools(about: Row) -> Row:
+    """RecTools' SASRec, as large as ours and as RecBole's: two blocks, two heads, whole histories."""
+    import torch
+    from rectools import Columns
+    from rectools.dataset import Dataset
+    from rectools.models import SASRecModel
+
+    ours = built(about, "SASRec")
+    length = ours.config["MAX_ITEM_LIST_LENGTH"]
+    rows = _histories(ours.train_data)
+    places = np.concatenate([np.arange(len(row)) for row in rows])
+    table = pd.DataFrame({
+        Columns.User: np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+        Columns.Item: np.concatenate(rows),
+        Columns.Weight: 1.0,
+        Columns.Datetime: pd.Timestamp("2020-01-01") + pd.to_timedelta(places, "s"),
+    })  # fmt: skip
+    data = Dataset.construct(table)
+    targets = sum(min(len(row) - 1, length) for row in rows)
+
+    def fit(epochs: int) -> float:
+        model = SASRecModel(
+            n_factors=ours.config["hidden_size"], n_blocks=2, n_heads=2, session_max_len=length, loss="softmax",
+            epochs=epochs, batch_size=128, lr=1e-3, dataloader_num_workers=0,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        model.fit(data)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    fit(1)
+    theirs = [2 * targets / (fit(3) - fit(1)) for _ in range(1 if about["quick"] else 2)]
+    step = Steps(ours)
+    step.steps = 2 if about["quick"] else 50
+    step.take()
+    step.take()
+    rates = []
+    for _ in theirs:
+        seconds = wall_rounds({"ours": step.take}, 1)["ours"][0]
+        rates.append(step.num_targets / seconds)
+    return {
+        "off": None,
+        "targets_per_s": {"theirs": median(theirs), "ours, float32": median(rates)},
+        "times_as_fast": {"ours, float32": median(a / b for a, b in zip(rates, theirs, strict=True))},
+    }
+
+
+def _histories(train_data: Any) -> list[np.ndarray]:
+    """Each user's training items in their order."""
+    items = train_data._dataset.sorted_items.numpy()
+    return [items[start : stop + 1] for start, stop in zip(train_data._start, train_data._stop, strict=True)]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line a contender."""
+    cells = []
+    for row in (row for row in rows if row["state"] == "done"):
+        ratio = row["times_as_fast"] or {}
+        for name, rate in row["targets_per_s"].items():
+            cells.append([row["peer"], name, rate, ratio.get(name) if name != "theirs" else None, row["off"]])
+    return grid(["peer", "contender", "targets_per_s", "times as fast", "off"], cells)
