@@ -58,7 +58,7 @@ OPS: dict[str, Callable] = {
 # Those over single rows, which know of no sequences.
 ROWWISE: dict[str, Callable] = {"preference_features": preference_features, "expert_diversity": expert_diversity}
 # And the forms for the last rows alone.
-FUNCTIONS = {**OPS, **ROWWISE, "selective_scan_last": selective_scan_last, "ssd_last": ssd_last}
+FUNCTIONS: dict[str, Callable] = {**OPS, **ROWWISE, "selective_scan_last": selective_scan_last, "ssd_last": ssd_last}
 
 # Inputs that have no rows: a model's weights, which stay float32 where autocast rounds the activations.
 WEIGHTS = {"A", "D", "dt_bias", "weight", "bias", "score_weight", "similarity_weight", "metric"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from recbole_ssm.ops.cases import make, results, right
 from recbole_ssm.ops import selective_scan, selective_scan_last
+from recbole_ssm.ops.cases import make, results, right
 from recbole_ssm.ops.packing import borders
 
 scan = pytest.importorskip("recbole_ssm.ops.selective_scan.triton")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from recbole_ssm.ops.cases import ALLOWED, errors, make, results
 
 from recbole_ssm.ops import ssd, ssd_last
+from recbole_ssm.ops.cases import ALLOWED, errors, make, results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "cpu", "triton"]
