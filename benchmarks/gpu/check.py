@@ -135,7 +135,6 @@ def check_graphs(about: Row, check: str, model: str, precision: str) -> Row:
     changes, graphs = [], None
     for choice in ("auto", "off"):
         subject = built(about, model, precision, cuda_graphs=choice, **settings)
-        logging.getLogger().setLevel(logging.WARNING)
         before = _weights(subject.model)
         steps = Steps(subject)
         steps.steps = count
