@@ -131,9 +131,21 @@ def here(monkeypatch):
     write_dataset("tiny", random_rows())
 
 
-def run(monkeypatch, part, *words):
+def run(monkeypatch, part, *words, settings=()):
     """The part's result file."""
-    words = ("--device", "cpu", "--quick", "--dataset", "tiny", *words, "--results", "results", "--settings", *SMALL)
+    words = (
+        "--device",
+        "cpu",
+        "--quick",
+        "--dataset",
+        "tiny",
+        *words,
+        "--results",
+        "results",
+        "--settings",
+        *SMALL,
+        *settings,
+    )
     monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", part, *words])
     monkeypatch.setenv("COMMIT", "abc1234")
     __main__.main()
@@ -348,7 +360,7 @@ def test_peers(here, monkeypatch, capsys, tmp_path):
         monkeypatch.delitem(sys.modules, name, raising=False)
         class_name = "Mamba4Rec" if name == "mamba4rec" else "SSD4Rec"
         (tmp_path / f"{name}.py").write_text(f"from {__name__} import {class_name}\n")
-    rows = run(monkeypatch, "peers", "--ssd4rec", str(tmp_path), "--mamba4rec", str(tmp_path))
+    rows = run(monkeypatch, "peers", "--ssd4rec", str(tmp_path), "--mamba4rec", str(tmp_path), settings=["d_state=4"])
     assert [row["peer"] for row in rows if row["peer"] != "RecTools"] == ["SSD4Rec", "Mamba4Rec"]
     for row in rows[:2]:
         assert row["off"] < 1e-4

@@ -17,8 +17,7 @@ from recbole_ssm.config import properties_dir
 from recbole_ssm.doctor import MODELS, Need, needs, probe
 from recbole_ssm.ops import self_check
 from recbole_ssm.ops.backend import BACKENDS, why_not
-from recbole_ssm.ops.cases import Case, compared, true_results
-from recbole_ssm.ops.packing import Borders, borders, know
+from recbole_ssm.ops.cases import compared, true_results
 
 LIMIT_S = 140.0
 PROTOCOL = {
@@ -36,8 +35,7 @@ AT_ONCE = 14
 WIDE = (128, 256, 512)
 # Empty, of one row, of parts of chunks, of several chunks, and as many as a small step has.
 LENGTHS = (1, 0, 33, 200, 17, 64, 65, 16, 0, 3, *(200,) * 4)
-# What a batch is filled up with, and more room than any sequence takes.
-INERT, ROOM = (30, 30, 29, 0, 0), 208
+INERT = (30, 30, 29, 0, 0)  # what a batch is filled up with
 SMALL = {"hidden_size": 16, "d_state": 4, "headdim": 8, "n_heads": 2}
 QUICK_OPS, QUICK_LENGTHS = ("causal_conv", "preference_attention"), (1, 0, 18)
 OF_PRODUCTS = ("ssd", "preference_attention")
@@ -98,23 +96,13 @@ def check_op(about: Row, check: str, op: str, backend: str, dtype: str, form: st
     torch.set_float32_matmul_precision("high" if form == "tf32" else "highest")
     asked = self_check.Check(op, backend, device, dtype, tuple(sizes.items()), form == "states", form == "tf32")
     lengths = (QUICK_LENGTHS if about["quick"] else LENGTHS) + (INERT if form == "filled" else ())
-    truths = [true_results(case) for case in self_check._cases(asked, lengths)]
-    cases = self_check._cases(asked, lengths)
     worst, name, largest = 0.0, "", 0.0
-    for case, truth in zip(cases, truths, strict=True):
-        if form == "filled":
-            _fill(case)
-        for result, (off, allowed) in compared(case, backend, truth).items():
+    for case in self_check._cases(asked, lengths, filled=form == "filled"):
+        for result, (off, allowed) in compared(case, backend, true_results(case)).items():
             largest = max(largest, off)
             if off / max(allowed, self_check.ROUNDING) >= worst:
                 worst, name = off / max(allowed, self_check.ROUNDING), f"{case.op}: {result}"
     return {"verdict": "right" if worst <= 1 else "wrong", "error": largest, "of_allowed": worst, "worst": name}
-
-
-def _fill(case: Case) -> None:
-    """Let the tables of a case's borders be those of a batch that was filled up for a CUDA graph."""
-    cu_seqlens = case.fixed["cu_seqlens"]
-    know(cu_seqlens, Borders(borders(cu_seqlens).lengths, cu_seqlens.device, room=ROOM))
 
 
 class _Warnings(logging.Handler):
@@ -135,7 +123,6 @@ def check_graphs(about: Row, check: str, model: str, precision: str) -> Row:
     changes, graphs = [], None
     for choice in ("auto", "off"):
         subject = built(about, model, precision, cuda_graphs=choice, **settings)
-        logging.getLogger().setLevel(logging.WARNING)
         before = _weights(subject.model)
         steps = Steps(subject)
         steps.steps = count

@@ -12,7 +12,7 @@ import pandas as pd
 
 from benchmarks.gpu import grid
 from benchmarks.gpu.jobs import Lane, Row
-from benchmarks.gpu.subjects import arguments_of, built
+from benchmarks.gpu.subjects import PRECISIONS, arguments_of, built
 from benchmarks.speed.authors import (
     MAMBA4REC_NAMES,
     SSD4REC_NAMES,
@@ -52,10 +52,7 @@ def measure_peer(about: Row, peer: str) -> Row:
 def _ssd4rec(about: Row) -> Row:
     batch: dict[str, Any] = {"train_batch_size": 64} if about["quick"] else {}
     theirs = released_ssd4rec(arguments_of(about), Path(about["checkouts"]["SSD4Rec"]), **batch)
-    ours = {
-        "ours, float32": built(about, "SSD4Rec", **batch),
-        "ours, bfloat16": built(about, "SSD4Rec", "bfloat16", **batch),
-    }
+    ours = {f"ours, {p}": built(about, "SSD4Rec", p, **batch) for p in PRECISIONS[: 1 if about["quick"] else 2]}
     copy_weights(ours["ours, float32"].model, theirs.model, SSD4REC_NAMES)
     return _compared(about, theirs, ours)
 
@@ -63,12 +60,10 @@ def _ssd4rec(about: Row) -> Row:
 def _mamba4rec(about: Row) -> Row:
     batch: dict[str, Any] = {"train_batch_size": 64} if about["quick"] else {}
     theirs = released_mamba4rec(arguments_of(about), Path(about["checkouts"]["Mamba4Rec"]), **batch)
-    ours = {
-        "ours, whole histories": built(about, "Mamba4Rec", **batch),
-        "ours, whole histories, bfloat16": built(about, "Mamba4Rec", "bfloat16", **batch),
-        "ours, the same rows": built(about, "Mamba4Rec", train_mode="prefix", **batch),
-    }
-    copy_weights(ours["ours, whole histories"].model, theirs.model, MAMBA4REC_NAMES)
+    ours = {"ours, the same rows": built(about, "Mamba4Rec", train_mode="prefix", **batch)}
+    copy_weights(ours["ours, the same rows"].model, theirs.model, MAMBA4REC_NAMES)
+    if not about["quick"]:
+        ours |= {f"ours, whole histories, {p}": built(about, "Mamba4Rec", p) for p in PRECISIONS}
     return _compared(about, theirs, ours)
 
 

@@ -1,5 +1,6 @@
 """The models that the parts train, each by its trainer's own code path."""
 
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -30,6 +31,7 @@ def built(about: dict[str, Any], model: str, precision: str = "float32", **fixed
         fixed: further settings.
     """
     hush()
+    logging.getLogger().setLevel(logging.WARNING)  # what is not used here, and why
     amp = {"enable_amp": precision == "bfloat16"}
     return contender(arguments_of(about), model, _datasets, **amp, **fixed)
 

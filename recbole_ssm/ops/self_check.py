@@ -436,8 +436,11 @@ def examine(check: Check, timed: bool = False) -> Verdict:
         return Verdict(state, _line(f"{type(error).__name__}: {error}"))
 
 
-def _cases(check: Check, lengths: tuple[int, ...]) -> list[Any]:
-    """The op as models call it: on all rows, and where it has such a form on the last rows alone."""
+def _cases(check: Check, lengths: tuple[int, ...], filled: bool = True) -> list[Any]:
+    """The op as models call it: on all rows, and where it has such a form on the last rows alone.
+
+    With ``filled`` tables of fixed shapes (:func:`recbole_ssm.ops.cases.make`).
+    """
     from recbole_ssm.ops.cases import make
 
     sizes = dict(check.sizes)
@@ -446,7 +449,7 @@ def _cases(check: Check, lengths: tuple[int, ...]) -> list[Any]:
     def case(op: str, lengths: tuple[int, ...], **more: Any) -> Any:
         return make(
             op, list(lengths), sizes, getattr(torch, check.dtype), check.device, check.states, torch.float32,
-            filled=True, **options, **more,
+            filled=filled, **options, **more,
         )  # fmt: skip
 
     cases = [case(check.op, lengths)]
