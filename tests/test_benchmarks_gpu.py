@@ -179,16 +179,17 @@ def test_check(here, monkeypatch, capsys):
 
 def test_a_kernel_is_checked_with_the_tables_of_a_batch_that_is_filled_up(monkeypatch):
     about, rooms = {"device": "cpu", "quick": True}, []
-    fill = check._fill
+    compared = check.compared
 
-    def filled(case):
-        fill(case)
+    def seen(case, backend, truth):
         rooms.append(borders(case.fixed["cu_seqlens"]).room)
+        return compared(case, backend, truth)
 
-    monkeypatch.setattr(check, "_fill", filled)
-    row = check.check_op(about, "op", "causal_conv", "triton", "float32", "filled", {"D": 4, "K": 2})
-    assert row["verdict"] == "right"
-    assert rooms == [check.ROOM]
+    monkeypatch.setattr(check, "compared", seen)
+    for form in ("filled", "plain"):
+        row = check.check_op(about, "op", "causal_conv", "triton", "float32", form, {"D": 4, "K": 2})
+        assert row["verdict"] == "right"
+    assert rooms == [max(check.INERT), None]
 
 
 def test_check_finds_a_backend_that_errs(monkeypatch):
