@@ -53,7 +53,7 @@ def test_a_wrong_gradient_is_found(monkeypatch, factor):
         off = bias * (factor - 1) if backend == "cpu" else 0 * bias
         return causal_conv(bias=bias + (off - off.detach()), backend=backend, **others)
 
-    monkeypatch.setitem(cases.OPS, "causal_conv", slightly_wrong)
+    monkeypatch.setitem(cases.FUNCTIONS, "causal_conv", slightly_wrong)
     assert "gradient of bias" in cases.right(case, "cpu")
 
 
