@@ -121,15 +121,18 @@ def _rectools(about: Row) -> Row:
         return time.perf_counter() - begin
 
     fit(1)
-    theirs = [2 * targets / (fit(3) - fit(1)) for _ in range(1 if about["quick"] else 2)]
+    seconds = [fit(3) - fit(1) for _ in range(1 if about["quick"] else 2)]
+    if min(seconds) <= 0:
+        raise ValueError("an epoch is too short here to be told from the rest of a run")
+    theirs = [2 * targets / taken for taken in seconds]
     step = Steps(ours)
     step.steps = 2 if about["quick"] else 50
     step.take()
     step.take()
     rates = []
     for _ in theirs:
-        seconds = wall_rounds({"ours": step.take}, 1)["ours"][0]
-        rates.append(step.num_targets / seconds)
+        taken = wall_rounds({"ours": step.take}, 1)["ours"][0]
+        rates.append(step.num_targets / taken)
     return {
         "off": None,
         "targets_per_s": {"theirs": median(theirs), "ours, float32": median(rates)},
