@@ -61,8 +61,8 @@ def further_sizes() -> list[tuple[str, dict]]:
     attention.append({"H": 8, "P": 8, "E": 64, "window": 50})
     found += [("preference_attention", sizes) for sizes in attention]
     found += [("selective_scan", {"D": 128, "N": 16}), ("selective_scan", {"D": 128, "N": 64})]
-    # Not P 64, Mamba-2's own: in float32 its backward pass spills 1 KiB a thread with 8 warps and 13 with 4, which autotune
-    # then leaves aside; with N 128 even 14 and 25.
+    # Not P 64, Mamba-2's own: in float32 its backward pass spills 1 KiB a thread with 8 warps and 13 with 4, which are
+    # there for autotune to leave aside; with N 128 even 14 and 25.
     found.append(("ssd", {"H": 8, "P": 32, "N": 64, "G": 2}))
     own = own_sizes()
     return [asked for i, asked in enumerate(found) if asked not in found[:i] and asked not in own]
