@@ -21,7 +21,7 @@ MASK_ITEM = 0
 BACKWARD_STREAMS = ("final", "aligned")
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=None)  # never let go: a CUDA graph goes on reading what it was captured with
 @torch.inference_mode(False)
 def equal_lengths(count: int, length: int, device: torch.device) -> Tensor:
     """Borders of ``count`` sequences of ``length`` rows each, int32 ``[count+1]``; not to be written to."""

@@ -9,6 +9,7 @@ from recbole.utils.case_study import full_sort_topk
 from recbole_ssm import UserError, run_recbole
 from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
 from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK, LOSS_TYPES
+from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.registry import MODELS
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
@@ -199,8 +200,11 @@ def test_backward_stream_readings():
         if reading == "aligned":
             backward = torch.cat([backward[:5].flip(0), backward[5:].flip(0)])
         expected = layer.feed_forward(layer.norm(forward + backward + x))
-        torch.testing.assert_close(layer(x, borders), expected)
-        torch.testing.assert_close(layer(x, borders, torch.tensor([4, 6])), expected[[4, 6]])
+        streams = both_ways(borders)
+        torch.testing.assert_close(layer(x, borders, streams=streams), expected)
+        for last in (False, True):
+            read = layer(x, borders, torch.tensor([4, 6]), last, streams)
+            torch.testing.assert_close(read, expected[[4, 6]])
         outputs[reading] = expected
     assert not torch.allclose(outputs["final"], outputs["aligned"])
 

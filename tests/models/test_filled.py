@@ -18,9 +18,9 @@ def loss_and_gradients(model, batch):
     return torch.stack(losses).detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_same_when_filled(name, mode, **settings):
+def assert_same_when_filled(name, mode, batches=2, **settings):
     config, model, (train_data, *_) = build(name, **{"train_mode": mode, "train_batch_size": 40, **settings})
-    for batch in list(train_data)[:2]:
+    for batch in list(train_data)[:batches]:
         batch = model.packed(batch) if isinstance(model, PackedRecommender) else batch
         filled = batch.filled(config["MAX_ITEM_LIST_LENGTH"])
         assert len(filled) > len(batch)
@@ -55,12 +55,16 @@ def test_every_loss(loss_type):
         {"temperature": 0.1},
         {"experts_per_token": 1},
         {"use_time_gaps": True},
-        {"ssm_backend": "triton", "train_batch_size": 20},
     ],
     ids=str,
 )
 def test_settings_of_starrec(settings):
     assert_same_when_filled("STARRec", "sequence", **{"dropout_prob": 0.0, **settings})
+
+
+def test_with_kernels():
+    few = {"train_batch_size": 4, "MAX_ITEM_LIST_LENGTH": 6, "hidden_size": 8, "n_heads": 1}
+    assert_same_when_filled("STARRec", "sequence", 1, dropout_prob=0.0, ssm_backend="triton", **few)
 
 
 def test_a_loss_over_rows_is_not_filled():

@@ -11,7 +11,7 @@ from recbole_ssm import ops
 from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
 from recbole_ssm.ops.backend import why_not
 from recbole_ssm.ops.cases import ALLOWED, OPS, errors, excess, make, results
-from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths
+from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths, know
 
 from . import loops
 
@@ -130,35 +130,23 @@ def test_triton_at_the_models_own_widths(op, sizes, options, dtype):
     assert excess(case, "triton", truth) == {}
 
 
-class FilledBorders(Borders):
-    """With chunks past the last sequence's end, as tables have them that are filled up to a fixed size."""
-
-    def chunks(self, size):
-        sequences, starts = super().chunks(size)
-        return torch.cat([sequences, sequences.new_full((3,), len(starts) - 2)]), starts
-
-    def joints(self, size):
-        starts, count = super().joints(size)
-        return starts, count + 2
-
-
 @pytest.mark.parametrize("lengths", [[5, 0, 33], [33, 16], [20, 0]], ids=str)
 @pytest.mark.parametrize(
     ("op", "options"),
     [("ssd", {}), ("selective_scan", {}), ("preference_attention", {}), ("preference_attention", {"queries": "last"})],
 )
-def test_tables_that_are_filled_up(op, options, lengths, monkeypatch):
+def test_tables_that_are_filled_up(op, options, lengths):
     """Filler chunks change nothing: every value is the same, and all are finite though unwritten memory is NaN."""
     if "queries" in options:
         lengths = [length for length in lengths if length]
     case = make(op, lengths, next(iter(SIZES[op].values())), device=DEVICE, **options)
     expected = results(case, case.run("triton"), case.inputs)
-    monkeypatch.setattr(sys.modules[f"recbole_ssm.ops.{op}.triton"], "borders", FilledBorders)
+    know(case.fixed["cu_seqlens"], Borders(torch.tensor(lengths), DEVICE, room=40))
     for name, found in results(case, case.run("triton"), case.inputs).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_the_last_query_of_nothing(monkeypatch):
+def test_the_last_query_of_nothing():
     """A batch that is filled up has sequences without rows, whose output must be finite and ask for no gradient."""
     from recbole_ssm.ops.preference_attention.triton import preference_attention_triton
 
