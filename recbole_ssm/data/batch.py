@@ -165,8 +165,8 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The same batch on another device, by one copy for which the host does not wait."""
-        device = torch.device(device)
-        if device.type == "cpu":
+        device, here = torch.device(device), self.items.device
+        if device.type == here.type and device.index in (None, here.index):
             return self
         batch = self if self.buffer is not None else self.in_one_buffer(pinned=torch.cuda.is_available())
         return batch.within(batch.bytes.to(device, non_blocking=True))

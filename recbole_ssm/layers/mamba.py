@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
 from recbole_ssm.ops.packing import rows
@@ -19,6 +20,22 @@ def inverse_softplus(value: Tensor) -> Tensor:
 def initial_step_sizes(count: int) -> Tensor:
     """Step sizes drawn log-uniformly from [0.001, 0.1], ``[count]`` (arXiv 2312.00752, section 3.6)."""
     return torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1)))
+
+
+class _DecayRates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, A_log):
+        # On a GPU channels lie side by side, as the scan's kernels read them.
+        rates = torch.empty_like(A_log) if A_log.is_cpu else A_log.new_empty(A_log.T.shape).T
+        torch.exp(A_log, out=rates).neg_()
+        ctx.save_for_backward(rates)
+        return rates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (rates,) = ctx.saved_tensors
+        return grad * rates
 
 
 class Mamba(nn.Module):
@@ -68,7 +85,7 @@ class Mamba(nn.Module):
         settings: dict[str, Any] = {
             "dt_bias": self.dt_proj.bias, "dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": self.backend,
         }  # fmt: skip
-        A = -torch.exp(self.A_log.float())
+        A = _DecayRates.apply(self.A_log.float())  # -exp(A_log)
         if not last and (self.backend == "triton" or not x.is_cpu):
             # Kernels take skip and gate as they go: fewer launches count more there than rows that nobody reads.
             x, z = F.linear(x, self.in_proj.weight).chunk(2, -1)

@@ -128,10 +128,13 @@ class PackedRecommender(SequentialRecommender):
 
     def calculate_loss(self, interaction: SequenceBatch | Interaction) -> Tensor | tuple[Tensor, ...]:
         """Loss of one batch, as RecBole's trainer calls it."""
-        batch = self.packed(interaction).to(self.item_embedding.weight.device)
+        batch, device = self.packed(interaction), self.item_embedding.weight.device
         if batch.last:
+            batch = batch.to(device) if self.in_one_block(batch) else batch
             hidden = self._encode_last(batch)
+            batch = batch.to(device)
         elif self.one_pass:
+            batch = batch.to(device)
             hidden = self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
         else:
             raise UserError(
@@ -182,7 +185,7 @@ class PackedRecommender(SequentialRecommender):
 
     def _represent(self, batch: SequenceBatch) -> Tensor:
         """Representation of each window of a ``last`` batch, ``[N, d]``."""
-        return self.read_out(self._encode_last(batch.to(self.item_embedding.weight.device)))
+        return self.read_out(self._encode_last(batch))
 
     def _history(self, interaction: Interaction) -> Tensor:
         """Item ids of padded rows, ``[B, L]``; with time gaps ``[B, L, 2]``."""
@@ -190,8 +193,11 @@ class PackedRecommender(SequentialRecommender):
         return torch.stack([items, interaction[SequenceDataset.TIME_GAPS]], -1) if self.use_time_gaps else items
 
     def _encode_last(self, batch: SequenceBatch) -> Tensor:
-        """Hidden state at the last item of each window of a ``last`` batch, ``[N, d]``."""
-        device = "cpu" if batch.items.is_cpu else "cuda"
+        """Hidden state at the last item of each window of a ``last`` batch, ``[N, d]``.
+
+        It is cut into blocks where it lies, so that each travels to the device with its own tables.
+        """
+        device = "cpu" if self.item_embedding.weight.is_cpu else "cuda"
         read = self.items_read(borders(batch.cu_seqlens).lengths)
         block = (read.cumsum(0) - read) // ITEMS_PER_BLOCK[device]
         blocks = batch.split(block.unique_consecutive(return_counts=True)[1].tolist())
@@ -210,6 +216,7 @@ class PackedRecommender(SequentialRecommender):
         return item_seq_len
 
     def _encode_block(self, batch: SequenceBatch) -> Tensor:
+        batch = batch.to(self.item_embedding.weight.device)
         return self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows, last=True)
 
 

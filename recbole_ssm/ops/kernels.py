@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.backends import cuda
+
+from recbole_ssm.ops.backend import tf32_allowed
 
 # Under TRITON_INTERPRET=1 kernels run in NumPy on the CPU, one program after another: for tests.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -42,10 +44,7 @@ def dot_precision() -> str:
 
     ``tf32x3`` runs on tensor cores in three passes and keeps float32's accuracy.
     """
-    # torch 2.9 and later refuse to tell the one by the other's name once both have been set.
-    precision = getattr(cuda.matmul, "fp32_precision", None)
-    allowed = cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if tf32_allowed(torch.device("cuda")) else "tf32x3"
 
 
 def rows(tensor: Tensor) -> Tensor:
