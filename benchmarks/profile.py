@@ -90,7 +90,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def profile_model(name: str, dataset: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything about one model: its settings, the parts of a step, and an evaluation."""
-    config = Config(name, dataset, config_dict={"show_progress": False, "tuned": False, **settings})
+    # A replayed step has no parts that a profiler could tell apart.
+    plain = {"show_progress": False, "tuned": False, "cuda_graphs": "off"}
+    config = Config(name, dataset, config_dict={**plain, **settings})
     init_seed(config["seed"], config["reproducibility"])
     _, (train_data, valid_data, _) = load_data(config)
     model = build_model(config, train_data)
