@@ -123,6 +123,7 @@ class Borders:
         self.total = int(lengths.sum())
         self.longest = room or (int(lengths.max()) if len(lengths) else 0)
         self._device, self._tables = device, dict(tables or {})
+        self._joint_counts: dict[int, int] = {}
 
     @classmethod
     def read(cls, cu_seqlens: Tensor) -> "Borders":
@@ -167,8 +168,9 @@ class Borders:
             The number of each sequence's first joint, int32 ``[S+1]``, and how many there are (could be, with
             ``room``).
         """
-        count = self.total // size if self.room else int(self._joints_each(size).sum())
-        return self.table(f"joints/{size}"), count
+        if size not in self._joint_counts:
+            self._joint_counts[size] = self.total // size if self.room else int(self._joints_each(size).sum())
+        return self.table(f"joints/{size}"), self._joint_counts[size]
 
     def _joints_each(self, size: int) -> Tensor:
         return (self.lengths - 1).clamp_min(0) // size
