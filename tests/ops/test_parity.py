@@ -94,7 +94,9 @@ def every_case():
                     if "last" in option and 0 in lengths:
                         lengths = [length for length in lengths if length]
                     values = (op, tuple(lengths), tuple(letters.items()), tuple(settings.items()))
-                    yield pytest.param(*values, id=" ".join(filter(None, (op, size, option, name))))
+                    # Loops over pairs of 1,400 rows take minutes.
+                    marks = [pytest.mark.slow] if (op, name) == ("preference_attention", "long") else []
+                    yield pytest.param(*values, id=" ".join(filter(None, (op, size, option, name))), marks=marks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
