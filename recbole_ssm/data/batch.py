@@ -45,7 +45,7 @@ class SequenceBatch:
 
     @classmethod
     def of_rows(
-        cls, items: Tensor, lengths: Tensor, targets: Tensor, negatives: Tensor | None = None, weight: float = 1.0
+        cls, items: Tensor, lengths: Tensor, targets: Tensor, negatives: Tensor | None = None
     ) -> "SequenceBatch":
         """Pack right-padded rows, whose last item is followed by the target.
 
@@ -54,10 +54,9 @@ class SequenceBatch:
             lengths: integer ``[N]``, each at least 1.
             targets: int64 ``[N]``.
             negatives: int64 ``[N, K]``.
-            weight: see above.
         """
         packed, cu_seqlens = pack(items, lengths)
-        return cls(packed, cu_seqlens, cu_seqlens[1:].long() - 1, targets, negatives, weight=weight, last=True)
+        return cls(packed, cu_seqlens, cu_seqlens[1:].long() - 1, targets, negatives, last=True)
 
     def __len__(self) -> int:
         return len(self.targets)

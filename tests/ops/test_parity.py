@@ -63,17 +63,7 @@ WIDE = {
 
 
 # Sums that torch itself has only in an undetermined order on a GPU are not what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Uninitialised memory is NaN, so that a row which a kernel forgets to write shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(deterministic)
+pytestmark = [pytest.mark.filterwarnings("ignore:.*deterministic"), pytest.mark.usefixtures("poisoned_memory")]
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,17 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 ALLOWED = 8.0
 
 # Sums that torch itself has only in an undetermined order on a GPU are not what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Uninitialised memory is NaN, so that a number which a kernel forgets to write shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(deterministic)
+pytestmark = [pytest.mark.filterwarnings("ignore:.*deterministic"), pytest.mark.usefixtures("poisoned_memory")]
 
 
 def drawn(*shape, seed=0, dtype=torch.float32):

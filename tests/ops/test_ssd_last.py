@@ -21,17 +21,7 @@ SIZES = {
 }
 LENGTHS = {"one": [1], "mixed": [0, 17, 1, 8, 0, 33, 2, 0], "long": [300, 261]}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Uninitialised memory is NaN, so that a number which a kernel forgets to write shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(deterministic)
+pytestmark = [pytest.mark.filterwarnings("ignore:.*deterministic"), pytest.mark.usefixtures("poisoned_memory")]
 
 
 def case_of(lengths, sizes, dtype, device="cpu", without=()):
