@@ -39,8 +39,16 @@ UNLISTED = {
     "tuned", "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
 }  # fmt: skip
 
-# What a checkpoint leaves out: it belongs to one process, or RecBole derives it.
-PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port"}
+# What a checkpoint leaves out: it belongs to one process or machine, or RecBole derives it.
+PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port", "gpu_id"}
+
+# Settings of a checkpoint that are not followed: they name files, which are the user's own to name. The data's folder
+# is, for from there words and numbers alone are read.
+FILE_SETTINGS = {
+    "checkpoint_dir", "config_file", "save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path",
+    "pre_model_path", "pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "warm_up",
+}  # fmt: skip
+
 
 # What each loss samples where nothing else is asked for; gSASRec's number (arXiv 2308.07192) for the last two.
 NEGATIVES: dict[str, dict[str, Any] | None] = {
@@ -76,6 +84,10 @@ def tuned_settings(model: str, dataset: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Reads data alone, and numbers as RecBole does, such as ``1e-3``."""
+
+
 class Config(recbole.config.Config):
     """:class:`recbole.config.Config` that also reads this package's ``properties/``.
 
@@ -88,10 +100,14 @@ class Config(recbole.config.Config):
         property_files: this package's files that it read.
         given: every setting before RecBole derives others from them, plain values only; building a ``Config`` from it
             gives the same configuration again.
+        identity: a checkpoint's vocabularies, which data are to be numbered by, and its ``file``; empty where there is
+            none.
 
     Raises:
         UserError: for an unknown model, key or value, with what to write instead.
     """
+
+    identity: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, model=None, dataset=None, config_file_list=None, config_dict=None):
         try:
@@ -107,9 +123,10 @@ class Config(recbole.config.Config):
         """The configuration that had this :attr:`given`, with ``settings`` above it and nothing else.
 
         Property files as they are now are below it, and the command line is not read: what a checkpoint was trained
-        with stays as it was.
+        with stays as it was. Files that it names (:data:`FILE_SETTINGS`) and its GPU are left to ``settings``.
         """
         changes = {key: _literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
+        given = {key: value for key, value in given.items() if key not in FILE_SETTINGS | PROCESS_SETTINGS}
         if isinstance(changes.get("eval_args"), dict):
             changes["eval_args"] = {**given["eval_args"], **changes["eval_args"]}
         return _RebuiltConfig(config_dict={**given, **changes})
@@ -134,16 +151,15 @@ class Config(recbole.config.Config):
                 config_dict[key] = _literal(value)
         return config_dict
 
+    def _build_yaml_loader(self):
+        """As RecBole's, which also makes some of Python's own objects."""
+        PlainLoader.yaml_implicit_resolvers = super()._build_yaml_loader().yaml_implicit_resolvers
+        return PlainLoader
+
     def _load_config_files(self, file_list):
         settings = {}
         for file in file_list or []:
-            path = Path(file)
-            if not path.is_file():
-                raise UserError(f"config file {file} not found.")
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=self.yaml_loader)
-            if not isinstance(content, dict | None):
-                raise UserError(f"config file {file} should hold lines of key: value.")
-            settings.update(content or {})
+            settings.update(read_settings(file, self.yaml_loader))
         return settings
 
     def _load_cmd_line(self):
@@ -157,7 +173,21 @@ class Config(recbole.config.Config):
                 raise UserError(f"--{key} is given twice, as {settings[key]} and as {value}.")
         return self._convert_config_dict(settings)
 
+    def __str__(self):
+        """As RecBole's, each setting on a line of its own whatever it holds."""
+        shown = copy.copy(self)
+        shown.final_config_dict = {key: printable(value) for key, value in self.final_config_dict.items()}
+        return super(Config, shown).__str__()
+
     def _get_model_and_dataset(self, model, dataset):
+        found = self._find_model_and_dataset(model, dataset)
+        benchmark = self.external_config_dict.get("benchmark_filename") or []
+        for name in [found[2], *(benchmark if isinstance(benchmark, list) else [])]:
+            if not is_name(name):
+                raise UserError(f"{name!r} is no name of a dataset: give its folder's parent as --data_path.")
+        return found
+
+    def _find_model_and_dataset(self, model, dataset):
         try:
             return super()._get_model_and_dataset(model, dataset)
         except (ValueError, AttributeError, ModuleNotFoundError) as error:
@@ -257,11 +287,18 @@ class Config(recbole.config.Config):
         }  # fmt: skip
         if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
             final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
+        if self.model == "KD_DAGFM":
+            choices["teacher"] = ("CrossNet", "CIN")  # which RecBole evaluates as Python
         if self.model in MODELS:
             choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS, "moe_level": ("sequence", "position")}
         for key, values in choices.items():
             if key in final and final[key] not in values:
                 raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+        if final["save_dataloaders"] or final["dataloaders_save_path"]:
+            raise UserError(
+                "loaders are made anew each time, for saved ones are pickles, which could run code: leave "
+                "save_dataloaders and dataloaders_save_path out; save_dataset saves most of the time."
+            )
         if self.model not in MODELS and final.get("use_time_gaps"):
             raise UserError(f"{self.model} reads no time gaps: leave use_time_gaps out.")
         if not 0 <= (final.get("warmup_ratio") or 0) < 1:
@@ -273,8 +310,6 @@ class Config(recbole.config.Config):
                     f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
                 )
             return
-        if final["save_dataloaders"] or final["dataloaders_save_path"]:
-            raise UserError(f"{self.model} makes its loaders anew each time: leave save_dataloaders out.")
         if final["loss_type"] != "CE":
             final["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
         if final["loss_type"] == "SampledSoftmax" and final["train_neg_sample_args"]["distribution"] != "uniform":
@@ -321,6 +356,36 @@ def _literal(text: str):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def read_settings(file: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """The settings in a YAML file, which holds data alone.
+
+    Raises:
+        UserError: where there is no such file, or it cannot be read as lines of ``key: value``.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"config file {file} not found.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"config file {file} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"config file {file} should hold lines of key: value.")
+    return content or {}
+
+
+def is_name(word: Any) -> bool:
+    """Whether ``word`` names a file in a folder, and not one elsewhere, and may stand in a line of a log."""
+    return isinstance(word, str) and word.isprintable() and not set(word) & set("/\\:") and bool(word.strip(". "))
+
+
+def printable(value: Any) -> Any:
+    """``value`` as it may stand in a line of a log: a word's line breaks and control characters are escaped."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in value)
 
 
 def _plain(value):

@@ -36,6 +36,14 @@ def same_weights(model: nn.Module) -> None:
             dist.broadcast(weight, 0)
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process has for ``value``, in the order of their ranks."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def share(rows: Any) -> Any:
     """This process's rows of a batch that all processes see; the first row where there are fewer than processes.
 
@@ -104,8 +112,7 @@ class MergedEvaluator:
         """Metrics over the rows of all processes, the same on each."""
         rows = {key: value for key, value in struct._data_dict.items() if key.startswith("rec.") or key == "data.label"}
         own = {key: value[: len(value) - self.surplus].cpu() for key, value in rows.items()}
-        of_all: list[Any] = [None] * world_size()
-        dist.all_gather_object(of_all, own)
+        of_all = from_all(own)
         for key in rows:
             struct.set(key, torch.cat([part[key] for part in of_all]))
         return self._evaluator.evaluate(struct)

@@ -4,13 +4,15 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from recbole.data.transform import construct_transform
@@ -23,9 +25,10 @@ from recbole.utils import (
     set_color,
 )
 
-from recbole_ssm.checkpoint import load_checkpoint, load_weights
+from recbole_ssm.checkpoint import expect, load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
+from recbole_ssm.data.identity import check_identity
 from recbole_ssm.distributed import rank, world_size
 from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
@@ -133,8 +136,9 @@ def train_and_test(
         callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
         test: whether to read the test set; without it the result of the test is None.
     """
-    trainer, loaders = prepare(config)
-    return fit(trainer, loaders, saved, resume_file, callback_fn, test)
+    with nullcontext() if resume_file is None else _settings_of(resume_file):
+        trainer, loaders = prepare(config)
+        return fit(trainer, loaders, saved, resume_file, callback_fn, test)
 
 
 def fit(
@@ -197,12 +201,13 @@ def prepare(config: Config, dataset=None):
 def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
     """Evaluate a checkpoint's best model on its validation and test sets, with ``settings`` above its own."""
     config, model, _, train_data, valid_data, test_data = load_data_and_model(checkpoint, settings)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    trainer.eval_collector.data_collect(train_data)
-    valid_result, test_result = (
-        trainer.evaluate(data, load_best_model=False, show_progress=config["show_progress"])
-        for data in (valid_data, test_data)
-    )
+    with _settings_of(checkpoint):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        trainer.eval_collector.data_collect(train_data)
+        valid_result, test_result = (
+            trainer.evaluate(data, load_best_model=False, show_progress=config["show_progress"])
+            for data in (valid_data, test_data)
+        )
     result = {
         "best_valid_score": valid_result and calculate_valid_score(valid_result, config["valid_metric"].lower()),
         "valid_score_bigger": config["valid_metric_bigger"],
@@ -227,19 +232,42 @@ def load_data_and_model(model_file, settings=None):
         UserError: for a file that is no checkpoint, or data that no longer fit it.
     """
     config = config_of(model_file, settings)
-    start_logging(config)
-    dataset, (train_data, valid_data, test_data) = load_data(config)
-    model = build_model(config, train_data)
-    load_weights(model, load_checkpoint(model_file, config["device"]), model_file)
-    return config, model, dataset, train_data, valid_data, test_data
+    with _settings_of(model_file):
+        start_logging(config)
+        dataset, (train_data, valid_data, test_data) = load_data(config)
+        model = build_model(config, train_data)
+        load_weights(model, load_checkpoint(model_file, config["device"]), model_file)
+    return config, model.eval(), dataset, train_data, valid_data, test_data
 
 
 def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config:
-    """The configuration that a checkpoint was trained with, and ``settings`` above it."""
-    given = load_checkpoint(model_file).get("config")
+    """The configuration that a checkpoint was trained with, and ``settings`` above it; it numbers data as that did."""
+    state = load_checkpoint(model_file)
+    given = state.get("config")
     if not given:
         raise UserError(f"{model_file} does not say what it was trained with; give it to RecBole's own functions.")
-    return Config.rebuild(given, settings)
+    expect(model_file, state, config=dict)
+    with _settings_of(model_file):
+        config = Config.rebuild(given, {"checkpoint_dir": str(Path(model_file).parent), **(settings or {})})
+    if "vocabulary" in state:
+        expect(model_file, state, vocabulary=dict, data=dict)
+        config.identity = {"file": model_file, "vocabulary": state["vocabulary"], "data": state["data"]}
+    return config
+
+
+@contextmanager
+def _settings_of(file: str) -> Iterator[None]:
+    """Say of a checkpoint's file what its settings, which may be anybody's, bring about."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        logging.getLogger().debug("", exc_info=error)
+        raise UserError(
+            f"{file} cannot be used as it is ({type(error).__name__}: {error}): its settings or the data are not those "
+            "of a finished run."
+        ) from error
 
 
 def start_logging(config: Config) -> logging.Logger:
@@ -258,6 +286,8 @@ def start_logging(config: Config) -> logging.Logger:
 def load_data(config: Config, dataset=None):
     """The filtered dataset (``dataset`` where it is loaded already), and its training, validation and test loaders."""
     dataset = create_dataset(config) if dataset is None else dataset
+    if config.identity:
+        check_identity(dataset, config.identity, config.identity["file"])
     logging.getLogger().info(dataset)
     return dataset, data_preparation(config, dataset)
 
@@ -265,6 +295,7 @@ def load_data(config: Config, dataset=None):
 def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
     prefetch(config)
+    _refuse_pickles(config, train_data._dataset)
     init_seed(config["seed"] + rank(), config["reproducibility"])
     try:
         return model_class(config)(config, train_data._dataset).to(config["device"])
@@ -272,6 +303,19 @@ def build_model(config: Config, train_data):
         raise
     except ValueError as error:
         raise UserError(f"{config['model']} cannot be built with these settings: {error}.") from error
+
+
+def _refuse_pickles(config: Config, dataset: Any) -> None:
+    """Refuse a file beside the data that RecBole would unpickle."""
+    embeddings = Path(dataset.dataset_path, "item_emb.npy")
+    if config["model"] == "LDiffRec" and embeddings.is_file():
+        try:
+            np.load(embeddings, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise UserError(
+                f"{embeddings} is no array of plain numbers, and what else it holds could run code: save it by "
+                "numpy.save(..., allow_pickle=False)."
+            ) from error
 
 
 def log_results(logger: logging.Logger, result: dict[str, Any], checkpoint: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
+from recbole_ssm.checkpoint import (
+    check_optimizer_state,
+    expect,
+    load_checkpoint,
+    load_weights,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from recbole_ssm.data.batch import SequenceBatch
-from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
+from recbole_ssm.data.identity import check_identity, identity
+from recbole_ssm.distributed import (
+    MergedEvaluator,
+    from_all,
+    rank,
+    same_weights,
+    surplus_rows,
+    weighted,
+    world_size,
+)
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.layers.precision import rounded_weights
@@ -88,8 +106,9 @@ class DurableTraining(Trainer):
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        # RecBole names the file by the second, which two runs started together share.
-        name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{os.getpid()}.pth"]
+        # RecBole names the file by the second, which two runs started together share (as they may their process's
+        # number, in two containers).
+        name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{secrets.token_hex(4)}.pth"]
         if world_size() > 1:
             torch.distributed.broadcast_object_list(name)
             self.evaluator = MergedEvaluator(self.evaluator)
@@ -100,7 +119,9 @@ class DurableTraining(Trainer):
         self._written_epoch: int | None = None
         self._resume: dict[str, Any] | None = None
         self._train_data: Any = None
+        self._identity: dict[str, Any] = {}
         self._validates = False
+        self._scores_are_numbers: torch.Tensor | None = None
 
     def fit(
         self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None
@@ -108,20 +129,22 @@ class DurableTraining(Trainer):
         """See :meth:`recbole.trainer.Trainer.fit`.
 
         Raises:
-            UserError: where the loss became NaN; the last checkpoint stays.
+            UserError: where the loss became NaN, or weights became infinite; the last checkpoint stays. Where a run
+                is resumed on data that number their items otherwise.
             KeyboardInterrupt: on Ctrl-C, with a message that says how to go on.
         """
         self._train_data = train_data
         self._validates = bool(valid_data) and self.eval_step > 0
         if self._resume is not None:
-            if rank() == 0:  # the others keep a random stream of their own
-                set_random_state(self._resume["random"])
-            if "loader" in self._resume:
-                train_data.generator.set_state(self._resume["loader"].cpu())
+            if not getattr(self.config, "identity", None):  # else it was done before the weights were taken
+                check_identity(train_data._dataset, self._identity, self.saved_model_file)
+            self._take_random_state(train_data)
             if self.start_epoch >= self.epochs or self.cur_step > self.stopping_step:
                 self.logger.info("This run had ended; nothing is left to train")
                 self.eval_collector.data_collect(train_data)
                 return self.best_valid_score, self.best_valid_result
+
+        self._identity = identity(train_data._dataset)
 
         def after_evaluation(epoch_idx, valid_score):
             if saved:
@@ -133,6 +156,18 @@ class DurableTraining(Trainer):
             return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted in epoch {self._epoch}; {self._kept()}") from None
+
+    def _take_random_state(self, train_data: Any) -> None:
+        assert self._resume is not None
+        states = self._resume["random"]
+        states = [states] if isinstance(states, dict) else states  # of the first format, which kept one process's
+        if rank() < len(states):  # more processes than before keep a random stream of their own
+            set_random_state(states[rank()], self.saved_model_file)
+        if "loader" in self._resume:
+            try:
+                train_data.generator.set_state(self._resume["loader"].cpu())
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise UserError(f"{self.saved_model_file} holds no state of the loader: train again.") from error
 
     def _kept(self) -> str:
         if self._written_epoch is None:
@@ -146,6 +181,7 @@ class DurableTraining(Trainer):
             train_data.set_epoch(epoch_idx)
         begin = perf_counter()
         loss = self._optimize(train_data, epoch_idx, loss_func, show_progress)
+        self._check_finite()
         self.timings.train_seconds.append(perf_counter() - begin)
         self.timings.train_targets.append(getattr(train_data, "num_targets", None) or len(train_data._dataset))
         return loss
@@ -172,21 +208,57 @@ class DurableTraining(Trainer):
         begin = perf_counter()
         if world_size() > 1:
             self.evaluator.surplus = surplus_rows(eval_data)
+        self._scores_are_numbers = None
         with self._precision_of_evaluation():
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        if self._scores_are_numbers is not None and not self._scores_are_numbers:
+            trained = f" in epoch {self._epoch}; {self._kept()}" if self._train_data is not None else "."
+            raise UserError(f"scores of items became infinite or NaN{trained} {self._remedy()}")
         self.timings.eval_seconds.append(perf_counter() - begin)
         return OrderedDict((metric, float(value)) for metric, value in result.items())
 
     def _precision_of_evaluation(self) -> AbstractContextManager:
         return nullcontext()
 
+    def _full_sort_batch_eval(self, batched_data):
+        return self._noted(self._rank_all(batched_data))
+
+    def _rank_all(self, batched_data):
+        """RecBole's ``_full_sort_batch_eval``."""
+        return super()._full_sort_batch_eval(batched_data)
+
+    def _neg_sample_batch_eval(self, batched_data):
+        return self._noted(super()._neg_sample_batch_eval(batched_data))
+
+    def _noted(self, scored: tuple) -> tuple:
+        """Note whether each row's highest score (``scored[1]``) is a number, for the end: a GPU is not waited for."""
+        numbers = (scored[1].amax(-1) < math.inf).all()
+        before = self._scores_are_numbers
+        self._scores_are_numbers = numbers if before is None else before & numbers
+        return scored
+
     def _check_nan(self, loss):
         if torch.isnan(loss):
-            raise UserError(
-                f"the training loss became NaN in epoch {self._epoch}; {self._kept()} "
-                f"Lower the learning rate (now {self.learning_rate}), clip gradients "
-                "(--clip_grad_norm=\"{'max_norm': 5}\") or turn --enable_amp off."
-            )
+            raise UserError(f"the training loss became NaN in epoch {self._epoch}; {self._kept()} {self._remedy()}")
+
+    def _check_finite(self) -> None:
+        """Refuse to go on with a model that no number can come of, whatever the loss said.
+
+        Raises:
+            UserError: naming a weight that is infinite or NaN, or whose optimizer's state is.
+        """
+        for name, weight in self.model.named_parameters():
+            moments = (value for value in self.optimizer.state.get(weight, {}).values() if torch.is_tensor(value))
+            if not all(tensor.isfinite().all() for tensor in (weight, *moments)):
+                raise UserError(
+                    f"{name} became infinite or NaN in epoch {self._epoch}; {self._kept()} {self._remedy()}"
+                )
+
+    def _remedy(self) -> str:
+        return (
+            f"Lower the learning rate (now {self.learning_rate}), clip gradients "
+            "(--clip_grad_norm=\"{'max_norm': 5}\") or turn --enable_amp off."
+        )
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
         """The epoch is the best so far: keep its weights.
@@ -204,6 +276,7 @@ class DurableTraining(Trainer):
             self.logger.info(f"Saving current: {self.saved_model_file}")
 
     def _write_checkpoint(self, epoch: int) -> None:
+        states = from_all(random_state())
         if rank() != 0:
             return
         resume: dict[str, Any] = {
@@ -211,7 +284,7 @@ class DurableTraining(Trainer):
             "cur_step": self.cur_step,
             "state_dict": self.model.state_dict(),
             "optimizer": self._optimizer_state(),
-            "random": random_state(),
+            "random": states,
             "timings": asdict(self.timings),
             **self._more_state(),
         }
@@ -223,6 +296,7 @@ class DurableTraining(Trainer):
             "best_valid_score": float(self.best_valid_score),
             "best_valid_result": best_valid_result,
             "resume": resume,
+            **self._identity,
             **(self._best or {"epoch": epoch, "state_dict": resume["state_dict"]}),
         }
         save_checkpoint(self.saved_model_file, state)
@@ -263,24 +337,32 @@ class DurableTraining(Trainer):
         if "resume" not in state:
             raise UserError(f"{resume_file} holds a model, but no run that could be continued.")
         resume = state.pop("resume")
-        load_weights(self.model, {**state, "state_dict": resume["state_dict"]}, resume_file)
+        expect(resume_file, {"resume": resume}, resume=dict)
+        resume.setdefault("timings", asdict(Timings()))
+        expect(resume_file, state, config=dict, best_valid_score=float, best_valid_result=(dict, type(None)), epoch=int)
+        expect(resume_file, resume, epoch=int, cur_step=int, state_dict=dict, random=(list, dict), timings=dict)
+        expect(resume_file, resume["timings"], **dict.fromkeys(asdict(Timings()), list))
         if state["config"].get("learner") != self.learner:
             raise UserError(
                 f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "
                 "cannot take over: leave --learner out."
             )
-        self.timings = Timings(**resume.get("timings", {}))
+        check_optimizer_state(resume_file, self.optimizer, resume.get("optimizer"))
+        load_weights(self.model, state, resume_file)  # the best epoch's, of which the test will be made
+        load_weights(self.model, {**state, "state_dict": resume["state_dict"]}, resume_file)
+        self.timings = Timings(**{key: resume["timings"][key] for key in asdict(Timings())})
         # The state brings its own settings, whatever they are now and whatever device it was trained on.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(resume["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        self._take_more_state(resume)
         self.saved_model_file = str(resume_file)
+        self._take_more_state(resume)
         self.start_epoch, self.cur_step = resume["epoch"] + 1, resume["cur_step"]
         self.best_valid_score, self.best_valid_result = state["best_valid_score"], state["best_valid_result"]
         self._best = {key: state[key] for key in ("epoch", "state_dict", "other_parameter") if key in state}
         self._written_epoch, self._resume = resume["epoch"], resume
+        self._identity = {key: state[key] for key in ("vocabulary", "data") if key in state}
         self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
 
 
@@ -372,9 +454,9 @@ class SequenceTrainer(DurableTraining):
         # RecBole's models would rank by scores rounded to bfloat16, which tie; ours score in float32.
         return self._autocast() if isinstance(self.model, PackedRecommender) else nullcontext()
 
-    def _full_sort_batch_eval(self, batched_data):
+    def _rank_all(self, batched_data):
         if not isinstance(self.model, PackedRecommender):
-            return super()._full_sort_batch_eval(batched_data)
+            return super()._rank_all(batched_data)
         # Ours pack their rows on the host, for which these must not have left it.
         interaction, history_index, positive_u, positive_i = batched_data
         scores = self.model.full_sort_predict(interaction)
@@ -473,6 +555,8 @@ class SequenceTrainer(DurableTraining):
 
     def _take_more_state(self, resume: dict[str, Any]) -> None:
         if self.scaler.is_enabled() and resume.get("scaler"):
+            numbers = dict.fromkeys(self.scaler.state_dict(), (int, float))
+            expect(self.saved_model_file, resume["scaler"], **numbers)
             self.scaler.load_state_dict(resume["scaler"])
 
 

@@ -39,6 +39,13 @@ def empty_folder(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+class Trap:
+    """Unpickling it runs code, which leaves the file ``trap`` in the working directory."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("trap"),)
+
+
 def write_dataset(name: str, lines: list[str], header: str | None = HEADER) -> Path:
     """Write ``dataset/<name>/<name>.inter`` in the working directory."""
     path = Path("dataset", name, f"{name}.inter")

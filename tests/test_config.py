@@ -126,7 +126,7 @@ REFUSED = {
     "backend": ({"ssm_backend": "gpu"}, "ssm_backend is 'gpu': choose one of auto, reference, cpu, triton, mamba_ssm"),
     "cut-off": ({"topk": 20}, r"valid_metric NDCG@10 is not among the metrics .* at \[20\]"),
     "measure": ({"metrics": "Hit"}, "valid_metric NDCG@10 is not among the metrics"),
-    "loaders": ({"save_dataloaders": True}, "leave save_dataloaders out"),
+    "loaders": ({"save_dataloaders": True}, "leave save_dataloaders"),
     "schedule": ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step': choose one of constant, linear, cosine"),
     "warm-up": ({"warmup_ratio": 1}, "warmup_ratio is 1: choose a number from 0 to below 1"),
     "smoothing": ({"label_smoothing": 1.0}, "label_smoothing is 1.0 with loss_type CE: choose a number"),

@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 DESCRIPTION = """\
 Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
@@ -76,14 +75,18 @@ def parse_settings(words: list[str]) -> dict[str, str]:
 
 
 def model_and_dataset(args: argparse.Namespace, files: list[str] | None) -> tuple[str, str]:
-    """Names from the command line, else from its config files, else the defaults."""
-    import yaml
+    """Names from the command line, else from its config files, else the defaults.
 
-    given: dict[str, str] = {}
-    for path in (Path(file) for file in files or []):
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        given |= content if isinstance(content, dict) else {}  # what is wrong with a file, the configuration says
-    return args.model or given.get("model", "STARRec"), args.dataset or given.get("dataset", "ml-100k")
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+    from recbole_ssm.config import read_settings
+
+    given = {"model": "STARRec", "dataset": "ml-100k"}
+    for file in files or []:
+        given |= read_settings(file)
+    given |= {key: value for key in given if (value := getattr(args, key, None)) is not None}
+    return given["model"], given["dataset"]
 
 
 def main() -> int:
@@ -115,7 +118,8 @@ def main() -> int:
             raise UserError("--mode evaluate needs --checkpoint FILE.")
         if args.mode == "train" and args.checkpoint is not None:
             raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
-        if (args.resume or args.checkpoint) and (args.model or args.dataset or files):
+        named = args.model is not None or args.dataset is not None or files
+        if (args.resume or args.checkpoint) and named:
             raise UserError("--model, --dataset and --config_files are those of the checkpoint: leave them out.")
         model, dataset = model_and_dataset(args, files)
         if args.address and args.engine != "ray":

@@ -13,6 +13,7 @@ from recbole.data import dataset as recbole_datasets
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
+from recbole_ssm.data.identity import digest_of, tokens_of
 from recbole_ssm.errors import UserError
 
 HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
@@ -22,6 +23,7 @@ class AtomicFiles(recbole_datasets.Dataset):
     """What goes in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
 
     inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
+    learned_from: dict[str, Any]  # number and digest of the interactions; see recbole_ssm.data.identity
 
     def _download(self):
         """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""
@@ -137,6 +139,7 @@ class AtomicFiles(recbole_datasets.Dataset):
             columns = [feat[field].to_numpy() for feat, field, _ in remap_list]
             flat = [np.concatenate(column) if lists else column for column, lists in zip(columns, is_list, strict=True)]
             ids, tokens = pd.factorize(np.concatenate(flat))
+        ids, tokens = self._known_ids([field for _, field, _ in remap_list], ids, tokens)
         parts = np.split(ids + 1, np.cumsum([len(column) for column in flat])[:-1])
         tokens = np.array(["[PAD]", *tokens])
         token_ids = {token: i for i, token in enumerate(tokens)}
@@ -148,6 +151,40 @@ class AtomicFiles(recbole_datasets.Dataset):
                 feat[field] = part
             self.field2id_token.setdefault(field, tokens)
             self.field2token_id.setdefault(field, token_ids)
+
+    def _known_ids(self, fields: list[str], ids: np.ndarray, tokens: Any) -> tuple[np.ndarray, Any]:
+        """The ids that a checkpoint gave to these fields' tokens, with those of new tokens behind them.
+
+        Args:
+            fields: of one id space.
+            ids: places in ``tokens``; -1 where there is none.
+            tokens: in order of appearance.
+
+        Returns:
+            Ids, and tokens in their order.
+        """
+        if isinstance(self, recbole_datasets.KnowledgeBasedDataset):
+            return ids, tokens  # numbers items and entities together, later
+        kept = getattr(self.config, "identity", {})
+        known = next((found for field in fields if (found := tokens_of(kept, field))), None)
+        if known is None:
+            return ids, tokens
+        tokens = np.asarray(tokens, dtype=object)
+        places = pd.Index(known, dtype=object).get_indexer(tokens)
+        new = places < 0
+        places[new] = len(known) + np.arange(new.sum())
+        return np.where(ids < 0, -1, places[ids]), [*known, *tokens[new]]
+
+    def _remap_ID_all(self):
+        super()._remap_ID_all()
+        feat = self.inter_feat
+        columns = [
+            feat[field].to_numpy() for field in (self.uid_field, self.iid_field, self.time_field) if field in feat
+        ]
+        if isinstance(self, recbole_datasets.SequentialDataset) and self.time_field in feat:
+            order = np.lexsort((columns[2], columns[0]))  # that of the lines does not matter, but of ties
+            columns = [column[order] for column in columns]
+        self.learned_from = {"interactions": len(feat), "digest": digest_of(columns)}
 
     def _benchmark_presets(self):
         """As RecBole's, which counts on ``Series.agg`` as well."""

@@ -1,17 +1,17 @@
 """RecBole's ``create_dataset`` and ``data_preparation``, with our datasets and loaders in them."""
 
 import logging
-import os
-import pickle
+from pathlib import Path
 
 import recbole.data.dataset
 from recbole.data.dataset import SequentialDataset
 from recbole.data.utils import create_samplers, get_dataloader
-from recbole.data.utils import data_preparation as recbole_data_preparation
-from recbole.utils import ModelType, dataset_arguments, set_color
+from recbole.sampler import KGSampler
+from recbole.utils import ModelType, set_color
 
 from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
+from recbole_ssm.data.saved import load_dataset, made_by, save_dataset
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
 from recbole_ssm.distributed import share_batches, world_size
@@ -19,9 +19,6 @@ from recbole_ssm.errors import UserError
 
 # Scores that exist at a time in full ranking, on a CPU and on a GPU; RecBole's metrics make some copies of them.
 SCORES_AT_A_TIME = (1 << 22, 1 << 28)
-
-# What a saved dataset was made with, beside RecBole's dataset_arguments.
-OWN_ARGUMENTS = ("seed", "repeatable", "time_order")
 
 DATASET_CLASSES = {
     ModelType.SEQUENTIAL: "SequentialDataset",
@@ -46,35 +43,40 @@ def dataset_class(config) -> type:
 
 
 def create_dataset(config):
-    """As :func:`recbole.data.create_dataset`, a saved dataset included.
+    """As :func:`recbole.data.create_dataset`; a saved dataset is data alone, and used only where it is still right.
 
     Raises:
         UserError: for files that are missing or cannot be read.
     """
     cls = dataset_class(config)
-    default = os.path.join(config["checkpoint_dir"], f"{config['dataset']}-{cls.__name__}.pth")
-    file = config["dataset_save_path"] or default
-    if os.path.exists(file):
-        with open(file, "rb") as f:
-            saved = pickle.load(f)
-        if made_alike(config, saved.config):
-            logging.getLogger().info(set_color("Load filtered dataset from", "pink") + f": [{file}]")
+    default = Path(config["checkpoint_dir"], f"{config['dataset']}-{cls.__name__}.pth")
+    named = config["dataset_save_path"]
+    # A checkpoint has numbers of its own for items, which the default file was not made with.
+    if named or (default.is_file() and not config.identity):
+        try:
+            saved = load_dataset(named or default, config, cls)
+        except UserError as error:
+            if named:
+                raise
+            logging.getLogger().warning(f"{error} The dataset is made anew.")
+            saved = None
+        if saved is not None:
             return saved
     dataset = cls(config)
     if config["save_dataset"]:
-        dataset.save()
+        save_dataset(dataset, default)
     return dataset
 
 
 def made_alike(config, other) -> bool:
     """Whether two configurations give the same filtered data."""
-    same = all(config[key] == other[key] for key in [*dataset_arguments, *OWN_ARGUMENTS])
-    gaps = bool(config["use_time_gaps"]) == bool(other["use_time_gaps"])
-    return same and gaps and dataset_class(config) is dataset_class(other)
+    return made_by(config) == made_by(other) and dataset_class(config) is dataset_class(other)
 
 
 def data_preparation(config, dataset):
     """As :func:`recbole.data.data_preparation`; ``train_mode: sequence`` trains on whole histories.
+
+    Loaders are always made anew: those that RecBole saves are pickles, which could run code.
 
     Returns:
         Training, validation and test loaders.
@@ -83,33 +85,35 @@ def data_preparation(config, dataset):
         UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
     """
     _bound_scores(config, dataset)
-    if config["train_mode"] != "sequence":
-        train_data, *eval_data = recbole_data_preparation(config, dataset)
-        share_batches(train_data)
-    else:
-        train_data, *eval_data = _whole_histories(config, dataset)
-    if config["exclude_history"]:
-        _check_exclusion(config, dataset)
-        eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
-    return train_data, *(share_batches(data) for data in eval_data)
-
-
-def _whole_histories(config, dataset):
-    _check_sequence_mode(config, dataset)
+    whole_histories = config["train_mode"] == "sequence"
+    if whole_histories:
+        _check_sequence_mode(config, dataset)
     parts = dataset.build()
-    samplers = create_samplers(config, dataset, parts)
-    train_data = SequenceDataLoader(config, parts[0], samplers[0], config["shuffle"])
-    valid_data, test_data = (
+    train_sampler, *eval_samplers = create_samplers(config, dataset, parts)
+    if whole_histories:
+        train_data = SequenceDataLoader(config, parts[0], train_sampler, config["shuffle"])
+    elif config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        negatives = config["train_neg_sample_args"]
+        samplers = train_sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"])
+        train_data = get_dataloader(config, "train")(config, parts[0], *samplers, shuffle=True)
+    else:
+        train_data = get_dataloader(config, "train")(config, parts[0], train_sampler, shuffle=config["shuffle"])
+    if not whole_histories:
+        share_batches(train_data)
+    eval_data = [
         get_dataloader(config, phase)(config, part, sampler, shuffle=False)
-        for phase, part, sampler in zip(("valid", "test"), parts[1:], samplers[1:], strict=True)
-    )
+        for phase, part, sampler in zip(("valid", "test"), parts[1:], eval_samplers, strict=True)
+    ]
     for title, keys in (
         ("Training", ("train_batch_size", "train_neg_sample_args")),
         ("Evaluation", ("eval_batch_size", "eval_args")),
     ):
         settings = (set_color(key, "cyan") + " = " + set_color(f"[{config[key]}]", "yellow") for key in keys)
         logging.getLogger().info(set_color(f"[{title}]: ", "pink") + " ".join(settings))
-    return train_data, valid_data, test_data
+    if config["exclude_history"]:
+        _check_exclusion(config, dataset)
+        eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
+    return train_data, *(share_batches(data) for data in eval_data)
 
 
 def _bound_scores(config, dataset) -> None:

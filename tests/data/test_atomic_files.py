@@ -100,24 +100,6 @@ def test_missing_side_features_are_filled():
     assert (features["brand"] >= 0).all()
 
 
-def test_saved_dataset_is_loaded_again():
-    write_dataset("tiny", random_rows())
-    config = small_config("Mamba4Rec", save_dataset=True, checkpoint_dir="kept")
-    first = create_dataset(config)
-    write_dataset("tiny", random_rows(seed=1))
-    assert create_dataset(config).inter_num == first.inter_num
-    other_order = create_dataset(small_config("Mamba4Rec", checkpoint_dir="kept", time_order="float32"))
-    assert other_order.inter_num != first.inter_num  # read from the new file
-
-
-def test_recboles_own_datasets_are_saved_and_loaded():
-    write_dataset("tiny", random_rows())
-    config = recbole_config("SASRec", save_dataset=True, checkpoint_dir="kept")
-    first = create_dataset(config)
-    Path("dataset/tiny/tiny.inter").unlink()
-    assert create_dataset(config).inter_num == first.inter_num
-
-
 def test_hardened_classes_pickle():
     for base in (Dataset, SequentialDataset):
         cls = hardened(base)
