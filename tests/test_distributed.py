@@ -14,10 +14,10 @@ import torch
 
 from recbole_ssm import UserError, distributed
 from recbole_ssm.checkpoint import load_checkpoint
-from recbole_ssm.launch import free_port, launch
+from recbole_ssm.launch import launch
 from recbole_ssm.quick_start import run, train_and_test
 
-from .conftest import random_rows, small_config, write_dataset
+from .conftest import listening, random_rows, small_config, write_dataset
 
 NO_CHANCE = {"dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "mask_ratio": 0.0}
 # SGD, for Adam makes a rounding error of a gradient near 0 into a whole step.
@@ -60,9 +60,9 @@ def train(name: str, **more):
     return train_and_test(small_config(model, **own, **more))
 
 
-def train_all(rank: int, ports: list[int]) -> None:
-    for name, port in zip(CASES, ports, strict=True):
-        processes = {"nproc": 2, "world_size": 2, "offset": 0, "ip": "localhost", "port": port}
+def train_all(rank: int) -> None:
+    for name in CASES:
+        processes = {"nproc": 2, "world_size": 2, "offset": 0, "rendezvous": str(Path(f"{name}.meet").resolve())}
         ended = train(name, **processes, local_rank=rank)
         if rank == 0:
             torch.save((ended.result, ended.checkpoint), f"{name}.pt")
@@ -76,7 +76,7 @@ def two_processes(tmp_path_factory):
     os.chdir(folder)
     try:
         write_dataset("tiny", random_rows(users=21))
-        torch.multiprocessing.spawn(train_all, ([free_port() for _ in CASES],), 2)
+        torch.multiprocessing.spawn(train_all, nprocs=2)
         return {
             name: (result, load_checkpoint(folder / checkpoint))
             for name in CASES
@@ -144,10 +144,13 @@ def test_a_dead_process_ends_the_job_with_its_reason_and_the_job_can_go_on():
         for line in job.stdout:
             if "Saving current" in line:
                 break
+        waiting = [listening(worker) for worker in workers]
         os.kill(workers[1].pid, signal.SIGKILL)
         told, _ = job.communicate(timeout=60)
     finally:
         job.kill()
+    # gloo waits in each; no other machine can reach it.
+    assert [list(found.values()) for found in waiting] == [[[]], [[]]]
     assert job.returncode == 2
     assert "process 1 of 2 died (SIGKILL) and the others were stopped" in told
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
@@ -170,3 +173,19 @@ def test_more_processes_than_gpus_are_refused():
         UserError, match=r"--nproc=64 needs as many GPUs; gpu_id names 2 and \d+ can be used: name more"
     ):
         launch(print, {"device": torch.device("cuda"), "gpu_id": "0,1"}, {}, nproc=64)  # type: ignore[arg-type]
+
+
+def test_processes_on_this_machine_use_the_loopback_interface_whatever_else_is_set(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    distributed.meet_on_this_machine("gloo", str(Path("meeting").resolve()), 0, 1)
+    try:
+        loopback = os.environ["GLOO_SOCKET_IFNAME"]
+        assert "127.0.0.1" in {found.address for found in psutil.net_if_addrs()[loopback]}
+        assert os.environ["NCCL_SOCKET_IFNAME"] == f"={loopback}"
+    finally:
+        torch.distributed.destroy_process_group()
+
+    monkeypatch.setattr(psutil, "net_if_addrs", dict)
+    with pytest.raises(UserError, match=r"need the loopback interface \(127\.0\.0\.1\), which is off"):
+        distributed.meet_on_this_machine("gloo", "meeting", 0, 1)
