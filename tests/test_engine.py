@@ -1,7 +1,6 @@
 """Training on a Ray cluster."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +28,9 @@ def test_a_run_goes_on_after_a_process_died():
             told.append(line)
             if "epoch 3 evaluating" in line and not killed:
                 workers = [p for p in psutil.Process(job.pid).children(recursive=True) if "TrainWorker" in p.name()]
+                workers[-1].suspend()  # it must not end before it is killed
                 waiting = listening(psutil.Process(job.pid))
-                os.kill(workers[-1].pid, signal.SIGKILL)
+                workers[-1].kill()
                 killed = True
         job.wait(timeout=60)
     finally:
