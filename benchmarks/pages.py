@@ -72,4 +72,5 @@ def _inline(text: str) -> str:
     text = html.escape(text, quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
-    return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', text)
+    # Of an address only what can neither end the attribute nor name another scheme, such as javascript.
+    return re.sub(r"\[([^\]]+)\]\(((?:https?://)?[\w./#?=&;%~-]+)\)", r'<a href="\2">\1</a>', text)

@@ -5,10 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from recbole_ssm.distributed import LOOPBACK
 from recbole_ssm.errors import UserError
 
 CHECKPOINT = "model.pth"
@@ -27,11 +28,14 @@ ENVIRONMENT = {
 def start_ray(address: str | None = None) -> None:
     """Connect to a Ray cluster, or start one on this machine, where that was not done yet.
 
+    One that is started here listens on the loopback interface alone.
+
     Args:
         address: of the cluster; ``auto`` for one that runs on this machine.
 
     Raises:
-        UserError: where Ray is not installed, or nothing answers at ``address``.
+        UserError: where Ray is not installed, nothing answers at ``address``, or one that is started here would listen
+            on all interfaces.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -41,10 +45,42 @@ def start_ray(address: str | None = None) -> None:
         raise UserError(f"this needs Ray ({error}): pip install 'recbole-ssm[tune]'") from error
     if ray.is_initialized():
         return
+    own = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _loopback_alone() if own else nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {address} ({error}): start one with ray start --head.") from error
+    if own and not on_this_machine():
+        ray.shutdown()
+        raise UserError(
+            f"Ray {ray.__version__} cannot be kept from listening on all interfaces: install another version or, where "
+            "that does no harm, start it with ray start --head and give --address=auto."
+        )
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Let a Ray that starts meanwhile listen on the loopback interface alone, as it does by itself outside Linux.
+
+    Its ``_node_ip_address`` cannot say so: on Linux it takes 127.0.0.1 for the address of a network interface. The
+    variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER could, were it not read when Ray is imported, which others may have done.
+    """
+    from ray._private import ray_constants
+
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def on_this_machine() -> bool:
+    """Whether the Ray that this process is connected to can be reached from this machine alone."""
+    import ray
+
+    return all(node["NodeManagerAddress"] in LOOPBACK for node in ray.nodes())
 
 
 @contextmanager

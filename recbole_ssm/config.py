@@ -14,6 +14,7 @@ import torch
 import yaml
 from recbole.utils import InputType, ModelType
 
+from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import CUDA_GRAPHS
 from recbole_ssm.models.base import LOSS_TYPES
@@ -35,12 +36,12 @@ COMMAND_OPTIONS = {
 
 # Settings that RecBole reads although none of its property files of sequential models lists them.
 UNLISTED = {
-    "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port",
+    "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous",
     "tuned", "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
 }  # fmt: skip
 
 # What a checkpoint leaves out: it belongs to one process or machine, or RecBole derives it.
-PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port", "gpu_id"}
+PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous", "gpu_id"}
 
 # Settings of a checkpoint that are not followed: they name files, which are the user's own to name. The data's folder
 # is, for from there words and numbers alone are read.
@@ -265,12 +266,13 @@ class Config(recbole.config.Config):
         if rank + final["offset"]:
             final |= {"state": "error", "show_progress": False}
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(
-                "nccl" if final["device"].type == "cuda" else "gloo",
-                init_method=f"tcp://{final['ip']}:{final['port']}",
-                rank=rank + final["offset"],
-                world_size=final["world_size"],
-            )
+            backend = "nccl" if final["device"].type == "cuda" else "gloo"
+            number = {"rank": rank + final["offset"], "world_size": final["world_size"]}
+            if "rendezvous" in final:
+                meet_on_this_machine(backend, final["rendezvous"], **number)
+            else:
+                where = f"tcp://{final['ip']}:{final['port']}"
+                torch.distributed.init_process_group(backend, init_method=where, **number)
 
     def _set_default_parameters(self):
         super()._set_default_parameters()

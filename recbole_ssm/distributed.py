@@ -6,17 +6,45 @@ DistributedDataParallel. RecBole's own ways for several processes, which double 
 RecBole each process is one alone (``single_spec``).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from recbole.evaluator.collector import DataStruct
 from torch import Tensor, nn
 
+from recbole_ssm.errors import UserError
+
+LOOPBACK = ("127.0.0.1", "::1")
+
 _weight = 1.0
+
+
+def meet_on_this_machine(backend: str, file: str, rank: int, world_size: int) -> None:
+    """Join the other processes, all on this machine, without a port that another machine could reach.
+
+    torch's own meeting point listens on all interfaces, and so may its backends.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        file: where they meet: a new one, in a folder that nobody else can write to, which lasts as long as they do.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+
+    Raises:
+        UserError: where this machine has no loopback interface.
+    """
+    names = [name for name, found in psutil.net_if_addrs().items() if any(a.address in LOOPBACK for a in found)]
+    if not names:
+        raise UserError(f"several processes need the loopback interface ({LOOPBACK[0]}), which is off: switch it on.")
+    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[0]}"  # that very one, not all whose names begin so
+    dist.init_process_group(backend, store=dist.FileStore(file, world_size), rank=rank, world_size=world_size)
 
 
 def rank() -> int:

@@ -2,11 +2,20 @@
 
 import json
 import logging
+import tempfile
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.cluster import all_gpus_visible, assigned_gpus, checkpoint_folder, reason, resume_from, start_ray
+from recbole_ssm.cluster import (
+    all_gpus_visible,
+    assigned_gpus,
+    checkpoint_folder,
+    on_this_machine,
+    reason,
+    resume_from,
+    start_ray,
+)
 from recbole_ssm.config import Config
 from recbole_ssm.distributed import rank
 from recbole_ssm.errors import UserError
@@ -48,29 +57,34 @@ def train_on_ray(
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
+    from recbole_ssm.local_ray import LocalConfig
+
     settings = {**config.external_config_dict, "model": config["model"], "dataset": config["dataset"]}
     settings["data_path"] = str(Path(config.given["data_path"]).resolve())
     settings["checkpoint_dir"] = folder = str(Path(config["checkpoint_dir"]).resolve())
     log = Queue()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"settings": settings, "log": log},
-        scaling_config=ScalingConfig(num_workers=nproc, use_gpu=bool(ray.cluster_resources().get("GPU"))),
-        run_config=RunConfig(
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=RESTARTS),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    listener = QueueListener(log, logging.StreamHandler())
-    listener.start()
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        raise UserError(f"the processes failed {RESTARTS + 1} times, at last with: {reason(error)}") from error
-    finally:
-        listener.stop()
-        log.shutdown()
+    use_gpu = bool(ray.cluster_resources().get("GPU"))
+    with tempfile.TemporaryDirectory() as meeting:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"settings": settings, "log": log},
+            torch_config=LocalConfig("nccl" if use_gpu else "gloo", folder=meeting) if on_this_machine() else None,
+            scaling_config=ScalingConfig(num_workers=nproc, use_gpu=use_gpu),
+            run_config=RunConfig(
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        listener = QueueListener(log, logging.StreamHandler())
+        listener.start()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise UserError(f"the processes failed {RESTARTS + 1} times, at last with: {reason(error)}") from error
+        finally:
+            listener.stop()
+            log.shutdown()
     return json.loads(result.metrics["result"])
 
 

@@ -1,8 +1,9 @@
 """Start several processes that train one model, on this machine alone or with those of others."""
 
-import socket
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def launch(
         config: the configuration that ``settings`` make.
         settings: those of all processes, to which each has what it needs to find the others added.
         nproc: processes on this machine: one a GPU, or all on the CPU where there is none.
-        world_size: processes on all machines; those of this one where it is -1.
-        ip: address of the first machine.
-        port: its port; a free one where all processes are on this machine.
+        world_size: processes on all machines; those of this one where it is not positive.
+        ip: address of the first machine; none is needed where all processes are on this one, as for ``port``.
+        port: its port.
         group_offset: rank of this machine's first process.
 
     Returns:
@@ -47,11 +48,15 @@ def launch(
                 f"--nproc={nproc} needs as many GPUs; gpu_id names {named} and {torch.cuda.device_count()} can be "
                 "used: name more (--gpu_id=0,1), leave --nproc out, or use the CPU alone (--gpu_id='')."
             )
-    alone = world_size == -1
-    settings = {
-        **settings, "nproc": nproc, "offset": group_offset, "ip": ip,
-        "world_size": nproc if alone else world_size, "port": free_port() if alone else port,
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"ip": ip, "port": port}
+        if world_size <= 0 or world_size == nproc:
+            world_size, where = nproc, {"rendezvous": str(Path(folder, "rendezvous"))}
+        return _run(job, {**settings, "nproc": nproc, "offset": group_offset, "world_size": world_size, **where})
+
+
+def _run(job, settings):
+    nproc = settings["nproc"]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     workers = torch.multiprocessing.spawn(_run_rank, (job, settings, queue), nproc, join=False)
     try:
@@ -66,13 +71,6 @@ def launch(
             "checkpoint, from which the run goes on with --resume."
         ) from error
     return queue.get()
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def _run_rank(rank, job, settings, queue):

@@ -1,11 +1,13 @@
 """Small datasets and settings; every test runs in an empty folder of its own."""
 
+import ipaddress
 import logging
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -96,3 +98,23 @@ def build(model: str, dataset: str = "tiny", **settings):
     config = small_config(model, dataset, **settings)
     loaders = data_preparation(config, create_dataset(config))
     return config, build_model(config, loaders[0]), loaders
+
+
+def listening(process: psutil.Process) -> dict[str, list[str]]:
+    """Addresses at which a process and those below it wait for others, by the processes' names; loopback ones are none.
+
+    A process that waits at loopback addresses alone has an empty list.
+    """
+    found: dict[str, list[str]] = {}
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            name = one.name()
+            sockets = one.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        for socket in sockets:
+            if socket.laddr and not socket.raddr:
+                address = ipaddress.ip_address(socket.laddr.ip)
+                local = (getattr(address, "ipv4_mapped", None) or address).is_loopback
+                found.setdefault(name, []).extend([] if local else [str(address)])
+    return found

@@ -277,6 +277,23 @@ def test_pages_say_the_same_twice(tmp_path):
     assert "<td><b>.5</b></td>" in html
     assert "<li>two</li>" in html
     assert html.count("<svg") == 1
+    assert '<a href="b.md">a link</a>' in html
+
+
+def test_names_are_text_in_pages(tmp_path):
+    script = "<script>alert(1)</script>"
+    page = Page(script)
+    page.heading(script)
+    page.text(f'{script} [x](javascript:alert(1)) [x](a" onclick="alert(1))')
+    page.bullets([script])
+    page.table([script], [[script]])
+    plots.dots(tmp_path / "dots.svg", script, {script: (0.5, 0.1), "b": (0.2, None)}, script)
+    page.figure(tmp_path / "dots.svg", tmp_path / "page.md", script)
+    page.write(tmp_path / "page.md")
+    html = (tmp_path / "page.html").read_text()
+    assert "<script" not in html
+    assert "<a " not in html
+    assert html.count("&lt;script&gt;alert(1)") > 8
 
 
 def test_critical_difference_diagram(tmp_path):

@@ -14,10 +14,10 @@ import torch
 
 from recbole_ssm import UserError, distributed
 from recbole_ssm.checkpoint import load_checkpoint
-from recbole_ssm.launch import free_port, launch
-from recbole_ssm.quick_start import run, train_and_test
+from recbole_ssm.launch import launch
+from recbole_ssm.quick_start import config_of, run, train_and_test
 
-from .conftest import random_rows, small_config, write_dataset
+from .conftest import listening, random_rows, small_config, write_dataset
 
 NO_CHANCE = {"dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "mask_ratio": 0.0}
 # SGD, for Adam makes a rounding error of a gradient near 0 into a whole step.
@@ -60,12 +60,31 @@ def train(name: str, **more):
     return train_and_test(small_config(model, **own, **more))
 
 
-def train_all(rank: int, ports: list[int]) -> None:
-    for name, port in zip(CASES, ports, strict=True):
-        processes = {"nproc": 2, "world_size": 2, "offset": 0, "ip": "localhost", "port": port}
-        ended = train(name, **processes, local_rank=rank)
+def processes(rank: int, name: str) -> dict:
+    """The settings by which one of two processes finds the other."""
+    where = {"rendezvous": str(Path(f"{name}.meet").resolve()), "local_rank": rank}
+    return {"nproc": 2, "world_size": 2, "offset": 0, **where}
+
+
+def train_all(rank: int) -> None:
+    for name in CASES:
+        ended = train(name, **processes(rank, name))
         if rank == 0:
             torch.save((ended.result, ended.checkpoint), f"{name}.pt")
+        torch.distributed.destroy_process_group()
+    for name, resumed in (("whole", False), ("interrupted", False), ("interrupted", True)):
+        # With dropout, of which each process draws its own.
+        more = {
+            "dropout_prob": 0.3,
+            "checkpoint_dir": name,
+            "epochs": 2 if name == "interrupted" and not resumed else 4,
+        }
+        if resumed:
+            (file,) = map(str, Path(name).glob("*.pth"))
+            config = config_of(file, {"epochs": 4, **processes(rank, "resumed")})
+            train_and_test(config, resume_file=file)
+        else:
+            train_and_test(small_config("Mamba4Rec", **more, **processes(rank, name)))
         torch.distributed.destroy_process_group()
 
 
@@ -76,8 +95,9 @@ def two_processes(tmp_path_factory):
     os.chdir(folder)
     try:
         write_dataset("tiny", random_rows(users=21))
-        torch.multiprocessing.spawn(train_all, ([free_port() for _ in CASES],), 2)
-        return {
+        torch.multiprocessing.spawn(train_all, nprocs=2)
+        files = {name: next(Path(name).glob("*.pth")) for name in ("whole", "interrupted")}
+        return {name: (None, load_checkpoint(file)) for name, file in files.items()} | {
             name: (result, load_checkpoint(folder / checkpoint))
             for name in CASES
             for result, checkpoint in [torch.load(f"{name}.pt", weights_only=False)]
@@ -103,6 +123,14 @@ def test_two_processes_train_and_rank_as_one(name, two_processes):
         if name != "sampled candidates":  # each process draws its own
             assert result[part] == pytest.approx(alone.result[part], abs=1e-4)
         assert result[part].keys() == alone.result[part].keys()
+
+
+def test_two_processes_go_on_as_if_they_had_not_ended(two_processes):
+    (_, whole), (_, resumed) = two_processes["whole"], two_processes["interrupted"]
+    assert len(resumed["resume"]["random"]) == 2
+    assert resumed["best_valid_result"] == whole["best_valid_result"]
+    for key, value in whole["resume"]["state_dict"].items():
+        assert torch.equal(value, resumed["resume"]["state_dict"][key]), key
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
@@ -144,10 +172,13 @@ def test_a_dead_process_ends_the_job_with_its_reason_and_the_job_can_go_on():
         for line in job.stdout:
             if "Saving current" in line:
                 break
+        waiting = [listening(worker) for worker in workers]
         os.kill(workers[1].pid, signal.SIGKILL)
         told, _ = job.communicate(timeout=60)
     finally:
         job.kill()
+    # gloo waits in each; no other machine can reach it.
+    assert [list(found.values()) for found in waiting] == [[[]], [[]]]
     assert job.returncode == 2
     assert "process 1 of 2 died (SIGKILL) and the others were stopped" in told
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
@@ -170,3 +201,19 @@ def test_more_processes_than_gpus_are_refused():
         UserError, match=r"--nproc=64 needs as many GPUs; gpu_id names 2 and \d+ can be used: name more"
     ):
         launch(print, {"device": torch.device("cuda"), "gpu_id": "0,1"}, {}, nproc=64)  # type: ignore[arg-type]
+
+
+def test_processes_on_this_machine_use_the_loopback_interface_whatever_else_is_set(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    distributed.meet_on_this_machine("gloo", str(Path("meeting").resolve()), 0, 1)
+    try:
+        loopback = os.environ["GLOO_SOCKET_IFNAME"]
+        assert "127.0.0.1" in {found.address for found in psutil.net_if_addrs()[loopback]}
+        assert os.environ["NCCL_SOCKET_IFNAME"] == f"={loopback}"
+    finally:
+        torch.distributed.destroy_process_group()
+
+    monkeypatch.setattr(psutil, "net_if_addrs", dict)
+    with pytest.raises(UserError, match=r"need the loopback interface \(127\.0\.0\.1\), which is off"):
+        distributed.meet_on_this_machine("gloo", "meeting", 0, 1)

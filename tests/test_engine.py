@@ -1,7 +1,6 @@
 """Training on a Ray cluster."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import random_rows, write_dataset
+from .conftest import listening, random_rows, write_dataset
 
 pytest.importorskip("ray")
 
@@ -29,13 +28,18 @@ def test_a_run_goes_on_after_a_process_died():
             told.append(line)
             if "epoch 3 evaluating" in line and not killed:
                 workers = [p for p in psutil.Process(job.pid).children(recursive=True) if "TrainWorker" in p.name()]
-                os.kill(workers[-1].pid, signal.SIGKILL)
+                workers[-1].suspend()  # it must not end before it is killed
+                waiting = listening(psutil.Process(job.pid))
+                workers[-1].kill()
                 killed = True
         job.wait(timeout=60)
     finally:
         job.kill()
     assert job.returncode == 0, "".join(told)
     assert killed
+    assert {"gcs_server", "raylet"} < waiting.keys()
+    assert sum("TrainWorker" in name for name in waiting) >= 1
+    assert not any(waiting.values()), waiting
     begun = [line for line in told if "Resume training from epoch" in line]
     assert begun, "".join(told)
     assert int(begun[-1].split("epoch")[-1]) > 0  # Ray may not have kept the latest yet

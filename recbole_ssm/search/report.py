@@ -1,5 +1,6 @@
 """What a search leaves behind: a table of its trials, the best one's settings and model, pictures."""
 
+import html
 import json
 import logging
 import shutil
@@ -154,7 +155,7 @@ def draw(results: "ResultGrid", search: Search, file: Path) -> None:
         figures.append(visualization.plot_param_importances(study, evaluator=evaluator, params=sorted(varied)))
     figures.append(visualization.plot_intermediate_values(study))
     parts = [figure.to_html(full_html=False, include_plotlyjs=number == 0) for number, figure in enumerate(figures)]
-    title = f"{search.settings['model']} on {search.settings['dataset']}"
+    title = html.escape(f"{search.settings['model']} on {search.settings['dataset']}")
     page = f"<!doctype html><html><head><meta charset='utf-8'><title>{title}</title></head><body><h1>{title}</h1>"
     file.write_text(page + "\n".join(parts) + "</body></html>", encoding="utf-8")
 

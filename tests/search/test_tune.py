@@ -1,7 +1,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from recbole_ssm.cluster import start_ray
 from recbole_ssm.data import create_dataset
 from recbole_ssm.search import Search, tune
 
-from ..conftest import markov_rows, small_settings, write_dataset
+from ..conftest import listening, markov_rows, small_settings, write_dataset
 
 ray = pytest.importorskip("ray")
 
@@ -84,15 +83,15 @@ def test_a_search_ends_with_its_best_and_names_what_failed(local_ray, capsys, mo
 
 def test_a_killed_trial_is_named_and_the_search_goes_on(local_ray):
     def kill_one() -> None:
-        for _ in range(600):
-            for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("ray::ImplicitFunc") or "train_trial" in " ".join(process.cmdline()):
-                    time.sleep(2)
-                    os.kill(process.pid, signal.SIGKILL)
-                    return
-            time.sleep(0.1)
+        while not any(file.stat().st_size for file in Path("search/two").glob("trial_*/result.json")):
+            time.sleep(0.02)  # until the first of 20 reports
+        process = next(p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ImplicitFunc"))
+        process.suspend()  # it must not end before it is killed
+        waiting.update(listening(psutil.Process()))
+        process.kill()
 
-    killer = threading.Thread(target=kill_one)
+    waiting: dict[str, list[str]] = {}
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     space = {"learning_rate": [0.001, 0.01]}
     results = tune("Mamba4Rec", "markov", None, settings("Mamba4Rec", epochs=20), space=space, algorithm="grid",
@@ -103,6 +102,9 @@ def test_a_killed_trial_is_named_and_the_search_goes_on(local_ray):
     table = trials(results, Search.read(Path("search/two")))
     assert sorted(table["status"]) == ["failed", "finished"]
     assert "died" in table[table["status"] == "failed"]["reason"].item()
+    assert {"gcs_server", "raylet"} < waiting.keys()
+    assert any("ImplicitFunc" in name for name in waiting)
+    assert not any(waiting.values()), waiting  # nobody else's machine can reach them
 
 
 def test_a_search_that_was_killed_goes_on_and_loses_nothing():
@@ -150,6 +152,21 @@ def test_a_search_that_was_killed_goes_on_and_loses_nothing():
 def test_what_cannot_be_searched_is_said_before_anything_runs(given, message):
     with pytest.raises(UserError, match=message):
         tune("STARRec", "markov", None, settings(), **given)
+
+
+def test_a_ray_that_others_could_reach_is_not_started(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "127.0.0.1"}, {"NodeManagerAddress": "10.0.0.1"}])
+    stopped = []
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"cannot be kept from listening on all interfaces: install another version"):
+        start_ray()
+    assert stopped
+    start_ray("auto")  # what someone else started is theirs
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    start_ray()
 
 
 def test_two_nodes_share_the_trials_of_a_search():
