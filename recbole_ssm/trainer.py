@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from recbole_ssm.checkpoint import load_checkpoint, load_weights, random_state, save_checkpoint, set_random_state
 from recbole_ssm.data.batch import SequenceBatch
-from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weighted, world_size
+from recbole_ssm.distributed import MergedEvaluator, rank, same_weights, surplus_rows, weight_of, weighted, world_size
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.layers.precision import rounded_weights
@@ -398,8 +398,8 @@ class SequenceTrainer(DurableTraining):
             # A function of what is done alone, so that a resumed run goes on exactly.
             progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
             self._set_learning_rate(self.learning_rate * learning_rate_factor(*self.lr_schedule, progress))
-            weight = getattr(batch, "weight", 1.0)
-            if self.graphs is not None and getattr(batch, "target_weights", None) is not None:
+            weight = weight_of(batch)
+            if self.graphs is not None and isinstance(batch, SequenceBatch) and batch.target_weights is not None:
                 terms = self.graphs(batch)
             else:
                 # RecBole's rows for our models stay on the host, to be packed there.

@@ -12,6 +12,7 @@ from recbole.utils import ModelType, dataset_arguments, set_color
 
 from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
+from recbole_ssm.data.negatives import check_loader
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
 from recbole_ssm.distributed import share_batches, world_size
@@ -80,14 +81,27 @@ def data_preparation(config, dataset):
         Training, validation and test loaders.
 
     Raises:
-        UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
+        UserError: for settings that sequence mode cannot follow, a split that leaves nothing to train on, or a
+            catalogue in which there is no negative to draw.
     """
     _bound_scores(config, dataset)
+    prepare = _whole_histories if config["train_mode"] == "sequence" else recbole_data_preparation
+    try:
+        train_data, *eval_data = prepare(config, dataset)
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:  # RecBole's own sentences
+        raise UserError(f"{config['dataset']} cannot be split or sampled as it is set: {error}") from error
+    except ArithmeticError as error:
+        alpha = config["train_neg_sample_args"]["alpha"]
+        raise UserError(
+            f"alpha of train_neg_sample_args is {alpha}, and popularity to that power no number: choose one nearer 1."
+        ) from error
     if config["train_mode"] != "sequence":
-        train_data, *eval_data = recbole_data_preparation(config, dataset)
+        check_loader(config, train_data, config["train_neg_sample_args"])
         share_batches(train_data)
-    else:
-        train_data, *eval_data = _whole_histories(config, dataset)
+    for phase, data in zip(("valid", "test"), eval_data, strict=True):
+        check_loader(config, data, config[f"{phase}_neg_sample_args"])
     if config["exclude_history"]:
         _check_exclusion(config, dataset)
         eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
