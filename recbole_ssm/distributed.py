@@ -71,7 +71,7 @@ def weight_of(batch: Any) -> float:
     Looked up among what a batch was given itself: an Interaction of RecBole's answers for a missing attribute with the
     column of that name.
     """
-    return vars(batch).get("weight", 1.0)
+    return getattr(batch, "__dict__", {}).get("weight", 1.0)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
             return None
         path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
         try:
-            file = AtomicFile(path, self._separator("field_separator"), encoding)
+            file = AtomicFile(path, self.separator("field_separator"), encoding)
             columns = {
                 name: ftype
                 for name, ftype in file.columns.items()
@@ -118,14 +118,18 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
                 if source != "link":
                     self.field2seqlen[name] = 1
                 continue
-            lists = file.lists(name, feat[name], self._separator("seq_separator"))
+            lists = file.lists(name, feat[name], self.separator("seq_separator"))
             most = (self.config["seq_len"] or {}).get(name)
             feat[name] = lists if most is None else lists.map(lambda row, most=most: row[:most])
             self.field2seqlen[name] = int(feat[name].map(len).max())
         return self._named(path, source, feat)
 
-    def _separator(self, setting: str) -> str:
-        """A separator, also where a shell left the backslash of a tab in it."""
+    def separator(self, setting: str) -> str:
+        """What ``field_separator`` or ``seq_separator`` says, also where a shell left the backslash of a tab in it.
+
+        Raises:
+            UserError: where that is nothing, or ends a line.
+        """
         separator = self.config[setting]
         separator = "" if separator is None else str(separator).replace("\\t", "\t")
         if not separator or set(separator) & set("\r\n\0"):

@@ -56,7 +56,7 @@ class ListColumns(Dataset):
                     feat[field] = self._between_0_and_1(field, feat[field].to_numpy())
 
     def _between_0_and_1(self, field: str, values: np.ndarray) -> np.ndarray:
-        low, high = values.min(initial=np.inf), values.max(initial=-np.inf)
+        low, high = (values.min(), values.max()) if len(values) else (0, 0)
         if low < high:
             return (values - low) / (high - low)
         self.logger.warning(f"All values of {field} are the same; normalized, they are 1.")

@@ -245,19 +245,31 @@ def test_an_alias_is_a_loaded_column():
             create_dataset(small_config("Mamba4Rec", alias_of_item_id=alias))
 
 
+def test_a_knowledge_graph_tells_what_it_leaves_out(caplog):
+    write_dataset("tiny", [f"u{k % 3}\ti{k % 5}\t{k}" for k in range(30)])
+    Path("dataset/tiny/tiny.link").write_text(
+        "item_id:token\tentity_id:token\n" + "".join(f"i{k}\tNA{k}\n" for k in range(4))
+    )
+    triples = ["NA0\tnull\tNA1", '"NA2\tnull\tNA3', "NA2\tnull\tNA3", "NA1\tnull\t", "other\tNA\tNA0"]
+    Path("dataset/tiny/tiny.kg").write_text(
+        "head_id:token\trelation_id:token\ttail_id:token\n" + "".join(f"{line}\n" for line in triples)
+    )
+    with caplog.at_level("INFO"):
+        dataset = create_dataset(config_of("CFKG", load_col=None, state="INFO"))
+    assert (
+        "1 rows of dataset/tiny/tiny.kg have no head_id or relation_id or tail_id (the first is line 5)" in caplog.text
+    )
+    assert "6 of 30 interactions of tiny are left out: no entity is linked to their item" in caplog.text
+    names = dataset.field2id_token["entity_id"]
+    graph = {(names[head], names[tail]) for head, tail in dataset.kg_feat[["head_id", "tail_id"]].to_numpy()}
+    assert graph == {("NA0", "NA1"), ('"NA2', "NA3"), ("NA2", "NA3"), ("other", "NA0")}
+    assert len(dataset.inter_feat) == 24
+
+
 COLUMNS = [
-    "weight",
-    "target_weights",
-    "items",
-    "last",
-    "cu_seqlens",
-    "buffer",
-    "negatives",
-    "targets",
-    "length",
-    "interaction",
-    "shape",
-]
+    "weight", "target_weights", "items", "last", "cu_seqlens", "buffer", "negatives", "targets", "length",
+    "interaction", "shape",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("model", ["Mamba4Rec", "SASRec"])
