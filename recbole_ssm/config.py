@@ -182,10 +182,8 @@ class Config(recbole.config.Config):
 
     def _get_model_and_dataset(self, model, dataset):
         found = self._find_model_and_dataset(model, dataset)
-        benchmark = self.external_config_dict.get("benchmark_filename") or []
-        for name in [found[2], *(benchmark if isinstance(benchmark, list) else [])]:
-            if not is_name(name):
-                raise UserError(f"{name!r} is no name of a dataset: give its folder's parent as --data_path.")
+        if not is_name(found[2]):
+            raise UserError(f"{found[2]!r} is no name of a dataset: give its folder's parent as --data_path.")
         return found
 
     def _find_model_and_dataset(self, model, dataset):

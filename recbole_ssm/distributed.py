@@ -101,6 +101,15 @@ def _collate_share(collate: Callable[[Any], Any], index: list[int]) -> Any:
     return batch
 
 
+def weight_of(batch: Any) -> float:
+    """How much this process's share of a batch weighs.
+
+    Looked up among what a batch was given itself: an Interaction of RecBole's answers for a missing attribute with the
+    column of that name.
+    """
+    return getattr(batch, "__dict__", {}).get("weight", 1.0)
+
+
 @contextmanager
 def weighted(weight: float) -> Iterator[None]:
     """Say how much this process's share of the current batch weighs: its part of the rows times the processes."""

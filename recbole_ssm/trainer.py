@@ -37,6 +37,7 @@ from recbole_ssm.distributed import (
     rank,
     same_weights,
     surplus_rows,
+    weight_of,
     weighted,
     world_size,
 )
@@ -480,8 +481,8 @@ class SequenceTrainer(DurableTraining):
             # A function of what is done alone, so that a resumed run goes on exactly.
             progress = (epoch_idx + (step + 0.5) / len(train_data)) / self.epochs
             self._set_learning_rate(self.learning_rate * learning_rate_factor(*self.lr_schedule, progress))
-            weight = getattr(batch, "weight", 1.0)
-            if self.graphs is not None and getattr(batch, "target_weights", None) is not None:
+            weight = weight_of(batch)
+            if self.graphs is not None and isinstance(batch, SequenceBatch) and batch.target_weights is not None:
                 terms = self.graphs(batch)
             else:
                 # RecBole's rows for our models stay on the host, to be packed there.

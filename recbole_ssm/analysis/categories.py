@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from recbole.utils.enum_type import FeatureType
 
+from recbole_ssm.data.reading import NAMES, AtomicFile
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.errors import UserError
 
@@ -27,12 +28,16 @@ def history_categories(eval_data, file: Path, field: str) -> tuple[list[str], np
         UserError: where the file has no such column.
     """
     dataset: SequenceDataset = eval_data._dataset
-    table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
-    columns = {column.split(":")[0]: column for column in table.columns}
-    if field not in columns:
-        raise UserError(f"{file} has no column {field}: choose one of {', '.join(columns)}.")
+    items = AtomicFile(file, dataset.separator("field_separator"), dataset.config["encoding"] or "utf-8")
+    choice = [name for name, ftype in items.columns.items() if ftype == FeatureType.TOKEN_SEQ]
+    if field not in choice or dataset.iid_field not in items.columns:
+        raise UserError(
+            f"{file} has no column {field}:token_seq beside {dataset.iid_field}: choose one of {', '.join(choice)}."
+        )
     known = dataset.field2token_id[dataset.iid_field]
-    lists = dict(zip(table[columns[dataset.iid_field]], table[columns[field]].str.split(), strict=True))
+    table = items.read({dataset.iid_field: NAMES, field: NAMES})
+    words_of = items.lists(field, table[field], dataset.separator("seq_separator"))
+    lists = dict(zip(table[dataset.iid_field], (words.tolist() for words in words_of), strict=True))
     names = sorted({name for words in lists.values() for name in words})
     number = {name: i for i, name in enumerate(names)}
     weight = np.zeros((dataset.item_num, len(names)))

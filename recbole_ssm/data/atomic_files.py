@@ -1,4 +1,4 @@
-"""Atomic files read by RecBole's datasets, with a plain sentence where one cannot be read."""
+"""Atomic files in RecBole's datasets, with a plain sentence where one cannot be read or rows are left out."""
 
 import os
 import tempfile
@@ -13,17 +13,34 @@ from recbole.data import dataset as recbole_datasets
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
+from recbole_ssm.data.filters import Filters
 from recbole_ssm.data.identity import digest_of, tokens_of
+from recbole_ssm.data.list_columns import LISTS, ListColumns
+from recbole_ssm.data.negatives import check_shares
+from recbole_ssm.data.reading import NAMES, NUMBERS, AtomicFile, first_line
+from recbole_ssm.data.split_files import SplitFiles
 from recbole_ssm.errors import UserError
 
-HEADER_EXAMPLE = "user_id:token<TAB>item_id:token<TAB>timestamp:float"
+# Attributes that name the columns in which a row must not be empty, by what the file is of.
+NAMED = {
+    FeatureSource.INTERACTION: ("uid_field", "iid_field"),
+    FeatureSource.USER: ("uid_field",),
+    FeatureSource.ITEM: ("iid_field",),
+    FeatureSource.KG: ("head_entity_field", "relation_field", "tail_entity_field"),
+    "link": ("iid_field", "entity_field"),
+}
 
 
-class AtomicFiles(recbole_datasets.Dataset):
-    """What goes in front of any of RecBole's dataset classes: clear errors, safe downloads, pandas 3."""
+class AtomicFiles(SplitFiles, Filters, ListColumns):
+    """What goes in front of any of RecBole's dataset classes: every row read or told of, safe downloads, pandas 3.
 
-    inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
-    learned_from: dict[str, Any]  # number and digest of the interactions; see recbole_ssm.data.identity
+    Attributes:
+        own_columns: names that the dataset gives to columns itself.
+        learned_from: number and digest of the interactions; see :mod:`recbole_ssm.data.identity`.
+    """
+
+    own_columns: tuple[str, ...] = ()
+    learned_from: dict[str, Any]
 
     def _download(self):
         """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""
@@ -62,69 +79,123 @@ class AtomicFiles(recbole_datasets.Dataset):
                 f"failed ({error}). {remedy}"
             ) from error
 
-    def _load_inter_feat(self, token, dataset_path):
-        names = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or []] or [f"{token}.inter"]
-        for name in names:
-            if not Path(dataset_path, name).is_file():
-                found = ", ".join(sorted(path.name for path in Path(dataset_path).iterdir())) or "nothing"
-                raise UserError(f"{dataset_path} holds no {name} (it holds {found}): put the interactions there.")
-        super()._load_inter_feat(token, dataset_path)
+    def _data_processing(self):
+        super()._data_processing()
+        if isinstance(self, recbole_datasets.DIENDataset):  # draws negatives as soon as it is made
+            check_shares(np.ones(self.item_num - 1), self.dataset_name)
 
-    def _load_feat(self, filepath, source):
+    def _load_data(self, token, dataset_path):
         try:
-            _check_header(Path(filepath), self.config["field_separator"], self.config["encoding"])
-            feat = self._read(filepath, source)
+            super()._load_data(token, dataset_path)
         except UserError:
             raise
-        except UnicodeDecodeError as error:
-            raise UserError(f"{filepath} is not in UTF-8 ({error}): convert it, or set --encoding.") from error
-        except ValueError as error:
-            raise UserError(f"{filepath} cannot be read: {error}") from error
-        except AttributeError as error:  # under pandas 3 RecBole fills a copy of the empty places
-            raise UserError(f"{filepath} has an empty place in a column of lists: fill it in.") from error
-        if source == FeatureSource.INTERACTION:
-            self._check_interactions(Path(filepath), feat)
-        return feat
+        except (ValueError, AssertionError) as error:  # RecBole's own sentences
+            raise UserError(f"dataset {token} cannot be read: {error}") from error
 
-    def _read(self, filepath, source):
-        return super()._load_feat(filepath, source)
+    def _load_feat(self, filepath, source):
+        """As RecBole's, by :class:`~recbole_ssm.data.reading.AtomicFile`."""
+        load, unload = self._get_load_and_unload_col(source)
+        if load == set() and source != FeatureSource.INTERACTION:
+            return None
+        path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
+        try:
+            file = AtomicFile(path, self.separator("field_separator"), encoding)
+            columns = {
+                name: ftype
+                for name, ftype in file.columns.items()
+                if (load is None or name in load) and name not in (unload or ())
+            }
+            if source == FeatureSource.INTERACTION:
+                self._check_interactions(file, columns)
+            if not columns:
+                self.logger.warning(f"No columns has been loaded from [{source}]")
+                return None
+            feat = file.read({name: self._kind(name, ftype, source) for name, ftype in columns.items()})
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+        for name, ftype in columns.items():
+            if source != "link":
+                self.field2source[name], self.field2type[name] = source, ftype
+                if ftype in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ):
+                    self.field2bucketnum[name] = 2
+            if ftype not in LISTS:
+                if source != "link":
+                    self.field2seqlen[name] = 1
+                continue
+            lists = file.lists(name, feat[name], self.separator("seq_separator"))
+            most = (self.config["seq_len"] or {}).get(name)
+            feat[name] = lists if most is None else lists.map(lambda row, most=most: row[:most])
+            self.field2seqlen[name] = int(feat[name].map(len).max())
+        return self._named(path, source, feat)
 
-    def _check_interactions(self, path: Path, feat) -> None:
-        if feat is None:
+    def separator(self, setting: str) -> str:
+        """What ``field_separator`` or ``seq_separator`` says, also where a shell left the backslash of a tab in it.
+
+        Raises:
+            UserError: where that is nothing, or ends a line.
+        """
+        separator = self.config[setting]
+        separator = "" if separator is None else str(separator).replace("\\t", "\t")
+        if not separator or set(separator) & set("\r\n\0"):
+            raise UserError(f"{setting} is {self.config[setting]!r}: set it to what stands between, such as '\\t'.")
+        return separator
+
+    def _kind(self, name: str, ftype: FeatureType, source: FeatureSource | str) -> str:
+        """What :meth:`~recbole_ssm.data.reading.AtomicFile.read` shall make of a column."""
+        return NUMBERS if ftype == FeatureType.FLOAT else NAMES
+
+    def _named(self, path: Path, source: FeatureSource | str, feat: pd.DataFrame) -> pd.DataFrame:
+        """The rows that have their names, and of users and items the first of each name."""
+        fields: list[str] = [getattr(self, name) for name in NAMED.get(source, ()) if getattr(self, name, None) in feat]
+        if not fields:
+            return feat.reset_index(drop=True)
+        unnamed = feat[fields].isna().any(axis=1)
+        wrong = {f"have no {' or '.join(fields)}": unnamed}
+        if source in (FeatureSource.USER, FeatureSource.ITEM):
+            wrong[f"have the {fields[0]} of a row above"] = feat.duplicated(fields) & ~unnamed
+        kept = ~unnamed
+        for what, rows in wrong.items():
+            if rows.any():
+                self.logger.warning(
+                    f"{rows.sum()} rows of {path} {what} (the first is line {first_line(rows)}); they are left out."
+                )
+                kept &= ~rows
+        if not kept.any():
+            raise UserError(f"no row of {path} has a {' and a '.join(fields)}: fill them in.")
+        return (feat if kept.all() else feat[kept]).reset_index(drop=True)
+
+    def _check_interactions(self, file: AtomicFile, columns: dict[str, FeatureType]) -> None:
+        """Refuse a file, or a choice of its columns, in which one is missing, of another type or has a taken name."""
+        path, chosen = file.path, f"load_col ({self.config['load_col']}) or unload_col ({self.config['unload_col']})"
+        if not columns:
             raise UserError(f"load_col ({self.config['load_col']}) names no column of {path}.")
-        needed = [self.uid_field, self.iid_field]
-        sequential = isinstance(self, recbole_datasets.SequentialDataset)
-        if sequential and self.config["benchmark_filename"] is None:
-            needed.append(self.time_field)
-        missing = [field for field in needed if field is not None and field not in feat]
-        if missing:
+        types = dict.fromkeys([self.uid_field, self.iid_field], FeatureType.TOKEN)
+        if self.history_field is not None:
+            types[self.history_field] = FeatureType.TOKEN_SEQ
+        elif isinstance(self, recbole_datasets.SequentialDataset):
+            types[self.time_field] = FeatureType.FLOAT
+        types.pop(None, None)
+        if missing := [field for field in types if field not in file.columns]:
             raise UserError(
-                f"{path} has no column {' and '.join(missing)} (it has {', '.join(feat.columns)}): add it to the file, "
+                f"{path} has no column {' and '.join(missing)} (it has {', '.join(file.columns)}): add it to the file, "
                 "or name the right one by USER_ID_FIELD, ITEM_ID_FIELD or TIME_FIELD."
             )
-        if self.time_field in needed and self.field2type[self.time_field] != FeatureType.FLOAT:
-            raise UserError(f"{path} has {self.time_field}:{self.field2type[self.time_field].value}: make it float.")
-
-    def _filter_nan_user_or_item(self):
-        """As RecBole's, which mistakes row names for places once it has dropped a row."""
-        fields = [field for field in (self.uid_field, self.iid_field) if field is not None]
-        missing = self.inter_feat[fields].isna().any(axis=1)
-        if missing.any():
-            self.logger.warning(
-                f"{missing.sum()} interactions of {self.dataset_name} have no {' or '.join(fields)} "
-                f"(the first is line {missing.idxmax() + 2}); they are left out."
-            )
-            self.inter_feat = self.inter_feat[~missing].reset_index(drop=True)
-        super()._filter_nan_user_or_item()
-
-    def _reset_index(self):
-        if self.inter_feat.empty:
+        if missing := [field for field in types if field not in columns]:
+            raise UserError(f"{' and '.join(missing)} of {path} is left out by {chosen}: it must be loaded.")
+        for field, ftype in types.items():
+            if columns[field] != ftype:
+                raise UserError(f"{path} has {field}:{columns[field].value}: make it {ftype.value}.")
+        made = set()
+        if isinstance(self, recbole_datasets.SequentialDataset):
+            made = {self.config["NEG_PREFIX"] + self.iid_field, *self.own_columns}
+            if self.history_field is None:
+                made |= {field + self.config["LIST_SUFFIX"] for field in columns}
+                made.add(self.config["ITEM_LIST_LENGTH_FIELD"])
+        if taken := [field for field in columns if field in made]:
             raise UserError(
-                f"the filters leave no interaction of {self.dataset_name}: loosen user_inter_num_interval "
-                f"({self.config['user_inter_num_interval']}), item_inter_num_interval "
-                f"({self.config['item_inter_num_interval']}) or val_interval ({self.config['val_interval']})."
+                f"{path} has a column {' and '.join(taken)}, as rows made of it have one: name it otherwise in the "
+                "file, or leave it out by load_col."
             )
-        super()._reset_index()
 
     def _remap(self, remap_list):
         """As RecBole's, which counts on ``Series.agg`` to reach into lists; in pandas 3 it sees the column."""
@@ -186,46 +257,6 @@ class AtomicFiles(recbole_datasets.Dataset):
             columns = [column[order] for column in columns]
         self.learned_from = {"interactions": len(feat), "digest": digest_of(columns)}
 
-    def _benchmark_presets(self):
-        """As RecBole's, which counts on ``Series.agg`` as well."""
-        suffix = self.config["LIST_SUFFIX"]
-        for field in [field for field in self.inter_feat if field + suffix in self.inter_feat]:
-            setattr(self, f"{field}_list_field", field + suffix)
-        length = self.config["ITEM_LIST_LENGTH_FIELD"]
-        self.set_field_property(length, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-        self.inter_feat[length] = self.inter_feat[self.iid_field + suffix].map(len)
-
-    def _fill_nan(self):
-        """As RecBole's, which fills a copy in pandas 3: ids by 0, numbers by their mean, lists by empty ones."""
-        for feat_name in self.feat_name_list:
-            feat = getattr(self, feat_name)
-            for field in feat:
-                ftype = self.field2type[field]
-                if ftype == FeatureType.TOKEN:
-                    feat[field] = feat[field].fillna(0)
-                elif ftype == FeatureType.FLOAT:
-                    feat[field] = feat[field].fillna(feat[field].mean())
-                else:
-                    empty = np.array([], dtype=np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64)
-                    feat[field] = feat[field].apply(lambda x, empty=empty: empty if isinstance(x, float) else x)
-
-
-def _check_header(path: Path, separator: str, encoding: str | None) -> None:
-    with open(path, encoding=encoding) as file:
-        header, first_row = file.readline().rstrip("\n"), file.readline()
-    if not header:
-        raise UserError(f"{path} is empty: its first line should read like {HEADER_EXAMPLE}.")
-    types = [ftype.value for ftype in FeatureType]
-    for column in header.split(separator):
-        name, _, ftype = column.partition(":")
-        if not name or ftype not in types:
-            raise UserError(
-                f"{path} has a bad header: column {column!r} should be name:type with a type of {', '.join(types)}, "
-                f"separated by {separator!r}, such as {HEADER_EXAMPLE}."
-            )
-    if not first_row:
-        raise UserError(f"{path} has a header but no rows.")
-
 
 @lru_cache(maxsize=None)
 def hardened(dataset_class: type) -> type:
@@ -237,7 +268,7 @@ def hardened(dataset_class: type) -> type:
 
 
 def __getattr__(name: str):
-    """Lets pickle find a hardened class by its name, for RecBole's ``save_dataset``."""
+    """Lets pickle find a hardened class by its name, for Ray's object store."""
     base = getattr(recbole_datasets, name, None)
     if isinstance(base, type):
         return hardened(base)

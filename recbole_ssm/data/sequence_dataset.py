@@ -1,8 +1,5 @@
 """RecBole's sequential dataset as an index into the sorted interactions."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
@@ -12,6 +9,7 @@ from recbole.utils.enum_type import FeatureSource, FeatureType
 from scipy.sparse import coo_matrix
 
 from recbole_ssm.data.atomic_files import AtomicFiles
+from recbole_ssm.data.reading import EXACT_NUMBERS, REPEATED_NAMES
 from recbole_ssm.errors import UserError
 
 # Time gaps are told apart by powers of 2 of the timestamp's unit; 0 is that before a user's first interaction.
@@ -62,30 +60,13 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
     longest_row: int
     sorted_gaps: torch.Tensor | None
 
-    def _read(self, filepath, source):
-        """As RecBole's, but read by pandas' compiled reader, and tokens as categories."""
-        separator, encoding = self.config["field_separator"], self.config["encoding"]
-        if source != FeatureSource.INTERACTION or len(separator) > 1:
-            return super()._read(filepath, source)
-        with tempfile.TemporaryDirectory() as scratch:
-            # RecBole decides by the header which columns to load, and notes what they are.
-            header = Path(scratch, "header")
-            with open(filepath, encoding=encoding) as file:
-                header.write_text(file.readline(), encoding)
-            fields = super()._read(header, source)
-        if fields is None or any(self.field2type[field].value.endswith("seq") for field in fields):
-            return super()._read(filepath, source)
-        columns = {field: f"{field}:{self.field2type[field].value}" for field in fields}
-        dtypes = {
-            column: "category" if self.field2type[field] == FeatureType.TOKEN else np.float64
-            for field, column in columns.items()
-            if field != self.time_field  # whose whole numbers stay whole: float64 does not hold a clock in nanoseconds
-        }
-        feat = pd.read_csv(filepath, sep=separator, usecols=list(columns.values()), dtype=dtypes, encoding=encoding)
-        feat = feat.rename(columns={column: field for field, column in columns.items()})
-        if self.time_field in feat and not pd.api.types.is_numeric_dtype(feat[self.time_field]):
-            raise ValueError(f"column {columns[self.time_field]} holds more than numbers")
-        return feat
+    own_columns = (TIME_GAPS, TARGET_POSITION)
+
+    def _kind(self, name, ftype, source):
+        """As before, but names of interactions are kept once each, and times exactly."""
+        if source == FeatureSource.INTERACTION and ftype == FeatureType.TOKEN:
+            return REPEATED_NAMES
+        return EXACT_NUMBERS if name == self.time_field else super()._kind(name, ftype, source)
 
     def _remove_duplication(self):
         """As RecBole's, but ties keep file order: RecBole sorts by an unstable method and leaves the rows sorted."""
@@ -93,7 +74,8 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         if keep is not None:
             by_time = self.inter_feat.sort_values(self.time_field, kind="stable")
             pairs = [self.uid_field, self.iid_field]
-            self.inter_feat = by_time.drop_duplicates(subset=pairs, keep=keep).sort_index()
+            with self.telling("rm_dup_inter"):
+                self.inter_feat = by_time.drop_duplicates(subset=pairs, keep=keep).sort_index()
 
     def _filter_by_inter_num(self):
         """As RecBole's (k-core filtering), counting arrays instead of looping over interactions."""
@@ -112,18 +94,13 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
             if legal.all():
                 break
             kept = kept[legal]
-        self.inter_feat = self.inter_feat.iloc[kept]
+        with self.telling("user_inter_num_interval", "item_inter_num_interval"):
+            self.inter_feat = self.inter_feat.iloc[kept]
 
     def _remap_ID_all(self):
         super()._remap_ID_all()
         # Taken here, between the filters and RecBole's normalisation and float32 conversion.
         time = self.inter_feat[self.time_field]
-        missing = int(time.isna().sum())
-        if missing:
-            raise UserError(
-                f"{missing} of {len(time)} interactions of {self.dataset_name} have no {self.time_field}: "
-                "fill it in or remove these rows, for a sequence needs an order."
-            )
         self._exact_time = time.to_numpy()
         self.inter_feat[self.time_field] = time.astype(np.float64)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.negatives import check_shares
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.distributed import own_rows, share, world_size
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
@@ -60,6 +61,9 @@ class SequenceDataLoader(DataLoader):
         dataset: the training set.
         sampler: RecBole's sampler of negatives, or none.
         shuffle: whether windows change batches (and long histories their borders) from epoch to epoch.
+
+    Raises:
+        UserError: where negatives would all be one item.
     """
 
     def __init__(self, config, dataset: SequenceDataset, sampler, shuffle: bool):
@@ -77,7 +81,11 @@ class SequenceDataLoader(DataLoader):
         self._popularity = None  # running sum over items of how often each is drawn, up to a factor
         if negative["distribution"] == "popularity":
             counts = np.bincount(sampler._get_candidates_list())
-            self._popularity = np.cumsum(np.where(counts, counts.astype(float) ** negative["alpha"], 0.0))
+            weights = np.where(counts, counts.astype(float) ** negative["alpha"], 0.0)
+            check_shares(weights, dataset.dataset_name)
+            self._popularity = np.cumsum(weights)
+        elif self._negatives:
+            check_shares(np.ones(dataset.item_num - 1), dataset.dataset_name)
         self._epoch = 0
         self._plan = self._plan_epoch()
         super().__init__(

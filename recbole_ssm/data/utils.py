@@ -11,6 +11,7 @@ from recbole.utils import ModelType, set_color
 
 from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
+from recbole_ssm.data.negatives import check_loader
 from recbole_ssm.data.saved import load_dataset, made_by, save_dataset
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
@@ -82,9 +83,33 @@ def data_preparation(config, dataset):
         Training, validation and test loaders.
 
     Raises:
-        UserError: for settings that sequence mode cannot follow, or a split that leaves nothing to train on.
+        UserError: for settings that sequence mode cannot follow, a split that leaves nothing to train on, or a
+            catalogue in which there is no negative to draw.
     """
     _bound_scores(config, dataset)
+    try:
+        train_data, *eval_data = _loaders(config, dataset)
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:  # RecBole's own sentences
+        raise UserError(f"{config['dataset']} cannot be split or sampled as it is set: {error}") from error
+    except ArithmeticError as error:
+        alpha = config["train_neg_sample_args"]["alpha"]
+        raise UserError(
+            f"alpha of train_neg_sample_args is {alpha}, and popularity to that power no number: choose one nearer 1."
+        ) from error
+    if config["train_mode"] != "sequence":
+        check_loader(config, train_data, config["train_neg_sample_args"])
+        share_batches(train_data)
+    for phase, data in zip(("valid", "test"), eval_data, strict=True):
+        check_loader(config, data, config[f"{phase}_neg_sample_args"])
+    if config["exclude_history"]:
+        _check_exclusion(config, dataset)
+        eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
+    return train_data, *(share_batches(data) for data in eval_data)
+
+
+def _loaders(config, dataset):
     whole_histories = config["train_mode"] == "sequence"
     if whole_histories:
         _check_sequence_mode(config, dataset)
@@ -98,8 +123,6 @@ def data_preparation(config, dataset):
         train_data = get_dataloader(config, "train")(config, parts[0], *samplers, shuffle=True)
     else:
         train_data = get_dataloader(config, "train")(config, parts[0], train_sampler, shuffle=config["shuffle"])
-    if not whole_histories:
-        share_batches(train_data)
     eval_data = [
         get_dataloader(config, phase)(config, part, sampler, shuffle=False)
         for phase, part, sampler in zip(("valid", "test"), parts[1:], eval_samplers, strict=True)
@@ -110,10 +133,7 @@ def data_preparation(config, dataset):
     ):
         settings = (set_color(key, "cyan") + " = " + set_color(f"[{config[key]}]", "yellow") for key in keys)
         logging.getLogger().info(set_color(f"[{title}]: ", "pink") + " ".join(settings))
-    if config["exclude_history"]:
-        _check_exclusion(config, dataset)
-        eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
-    return train_data, *(share_batches(data) for data in eval_data)
+    return train_data, *eval_data
 
 
 def _bound_scores(config, dataset) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.sequence_dataset import SequenceDataset
+from recbole_ssm.distributed import weight_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Mamba
 from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
@@ -161,7 +162,7 @@ class PackedRecommender(SequentialRecommender):
             targets[:rows].cpu(),
             negatives,
         )
-        return replace(batch, weight=getattr(interaction, "weight", 1.0))
+        return replace(batch, weight=weight_of(interaction))
 
     def _pack_rows(self, item_seq, item_seq_len, targets, negatives=None) -> SequenceBatch:
         if bool((item_seq_len == 0).any()):

@@ -174,5 +174,5 @@ def test_history_categories():
         known = [token for token in tokens if token != 7]
         drama = sum(token % 2 for token in known) / len(known)
         np.testing.assert_allclose(shares[i], [(1 - drama) / 2, drama, (1 - drama) / 2])
-    with pytest.raises(UserError, match="has no column class: choose one of item_id, genre"):
+    with pytest.raises(UserError, match="has no column class:token_seq beside item_id: choose one of genre"):
         history_categories(test_data, Path("tiny.item"), "class")
