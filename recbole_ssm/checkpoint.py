@@ -10,6 +10,7 @@ import os
 import random
 import struct
 import tempfile
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ REMEDY = "use another one, or train again."
 _COMMENT = FORMAT.encode() + b" sha256 "
 _COMMENT_SIZE = len(_COMMENT) + 64
 _SCRATCH = ".saving-"
+SECONDS_TO_LOCK = 2.0
 _COMMENT_LENGTH = struct.Struct("<H")  # the last field of a zip file, before the comment itself
 
 
@@ -151,8 +153,9 @@ def _sweep(folder: Path) -> None:
     for scratch in folder.glob(f".*{_SCRATCH}*"):
         with suppress(OSError):
             with scratch.open("rb") as file:
-                # An empty one may be about to be locked.
-                abandoned = _lock(file) and os.fstat(file.fileno()).st_size > 0
+                found = os.fstat(file.fileno())
+                # A new one that is empty may be about to be locked.
+                abandoned = _lock(file) and (found.st_size > 0 or time.time() - found.st_mtime > SECONDS_TO_LOCK)
             if abandoned:
                 scratch.unlink()
 

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from recbole_ssm import Config, UserError
+from recbole_ssm import checkpoint as checkpoint_module
 from recbole_ssm.checkpoint import load_checkpoint, save_checkpoint, set_random_state
 from recbole_ssm.cli.run_recbole import main
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
@@ -168,19 +171,31 @@ def test_a_setting_cannot_write_a_line_of_the_log():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody remove an open file")
-def test_what_a_killed_save_left_is_swept():
+@pytest.mark.parametrize("written", [b"half", b""])
+def test_what_a_killed_save_left_is_swept(written, monkeypatch):
     save_checkpoint("x.pth", {})
     pid = os.fork()
     if pid == 0:
 
         def die(state, file):
-            file.write(b"half")
+            file.write(written)
             file.flush()
-            os.kill(os.getpid(), 9)
+            os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = die
         save_checkpoint("y.pth", {})
     os.waitpid(pid, 0)
     assert len(list(Path().iterdir())) == 2
+    monkeypatch.setattr(checkpoint_module, "SECONDS_TO_LOCK", 0.0)
     save_checkpoint("x.pth", {})
     assert [path.name for path in Path().iterdir()] == ["x.pth"]
+
+
+def test_what_another_process_writes_is_not_swept():
+    handle, name = tempfile.mkstemp(dir=".", prefix=".y.pth.saving-")
+    with os.fdopen(handle, "wb") as file:
+        assert checkpoint_module._lock(file)
+        file.write(b"half")
+        file.flush()
+        save_checkpoint("x.pth", {})
+        assert Path(name).is_file()
