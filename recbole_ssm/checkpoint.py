@@ -13,6 +13,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,11 +103,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if written == FORMAT and whole is None:
         raise UserError(damaged)
     if written == FIRST_FORMAT:
-        logging.getLogger().warning(
-            f"{path} was written by an earlier version: it holds no ids of users and items and no digest, so neither "
-            "data that were re-ordered since nor damage is noticed; train it again, or --resume it, to have both."
-        )
+        _tell_first_format(path)
     return state
+
+
+@lru_cache(maxsize=None)  # once a file, however often it is read
+def _tell_first_format(path: Path) -> None:
+    logging.getLogger().warning(
+        f"{path} was written by an earlier version: it holds no ids of users and items and no digest, so neither data "
+        "that were re-ordered since nor damage is noticed; train it again, or --resume it, to have both."
+    )
 
 
 def _is_whole(file: IO[bytes]) -> bool | None:

@@ -48,7 +48,7 @@ class Run:
         result: RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
             ``test_result``.
         checkpoint: the file that holds the best model, or none where it was not saved.
-        timings: see :meth:`recbole_ssm.trainer.Timings.summary`.
+        timings: see :meth:`recbole_ssm.durable.Timings.summary`.
         best_epoch: index of the best epoch.
     """
 
