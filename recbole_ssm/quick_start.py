@@ -307,8 +307,10 @@ def build_model(config: Config, train_data):
 
 def _refuse_pickles(config: Config, dataset: Any) -> None:
     """Refuse a file beside the data that RecBole would unpickle."""
+    if config["model"] != "LDiffRec":
+        return
     embeddings = Path(dataset.dataset_path, "item_emb.npy")
-    if config["model"] == "LDiffRec" and embeddings.is_file():
+    if embeddings.is_file():
         try:
             np.load(embeddings, mmap_mode="r", allow_pickle=False)
         except ValueError as error:

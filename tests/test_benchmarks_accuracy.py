@@ -179,6 +179,7 @@ def test_a_broken_result_file_is_told():
         Store(Path("runs.jsonl"))
 
 
+@pytest.mark.slow
 def test_tuning_then_study_then_experiments(tiny, monkeypatch):
     tuned = tiny / "tuned"
     with pytest.raises(SystemExit, match=r"nothing was tuned yet for STARRec on tiny, SASRec on tiny: .* --tune"):

@@ -18,6 +18,7 @@ def worktrees():
     return subprocess.run(["git", "worktree", "list"], cwd=history.ROOT, capture_output=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_each_commit_runs_its_own_code(monkeypatch):
     write_dataset("tiny", random_rows())
     words = ["--commits", "HEAD", "--datasets", "tiny", "--models", "Mamba4Rec", "--rounds", "1"]

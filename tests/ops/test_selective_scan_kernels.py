@@ -46,7 +46,13 @@ class Filled:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("lengths", "D", "N"),
-    [([17], 128, 32), ([33, 1], 8, 16), ([15, 16], 8, 64), ([70, 1, 0], 3, 4), ([18], 36, 6)],
+    [
+        pytest.param([17], 128, 32, marks=pytest.mark.slow),
+        ([33, 1], 8, 16),
+        ([15, 16], 8, 64),
+        ([70, 1, 0], 3, 4),
+        ([18], 36, 6),
+    ],
     ids=str,
 )
 def test_widths_of_the_models(lengths, D, N, dtype):
@@ -60,7 +66,7 @@ def test_chunks_that_fill_up_a_table(lengths, states, monkeypatch):
     assert right(make("selective_scan", lengths, {"D": 5, "N": 3}, device=DEVICE, states=states), "triton") == {}
 
 
-@pytest.mark.parametrize(("programs", "chunks"), [(1, 2), (3, 2048), (12, 3)])
+@pytest.mark.parametrize(("programs", "chunks"), [(1, 2), pytest.param(3, 2048, marks=pytest.mark.slow), (12, 3)])
 def test_programs_that_go_through_several_chunks_and_blocks(programs, chunks, monkeypatch):
     monkeypatch.setattr(scan, "PROGRAMS", programs)
     monkeypatch.setattr(scan, "CHUNKS", chunks)

@@ -169,6 +169,7 @@ def test_a_ray_that_others_could_reach_is_not_started(monkeypatch):
     start_ray()
 
 
+@pytest.mark.slow
 def test_two_nodes_share_the_trials_of_a_search():
     from ray.cluster_utils import Cluster
 
