@@ -151,6 +151,16 @@ def test_a_small_file_does_not_grow():
         load_checkpoint("x.pth")
 
 
+def test_a_tensor_ends_where_its_storage_does():
+    """Fused Adam crashed on moments that are all one number, the last of many."""
+    stored = torch.arange(100.0)
+    save_checkpoint("x.pth", {"turned": stored.reshape(20, 5).T, "column": stored.reshape(20, 5)[:, 4]})
+    assert load_checkpoint("x.pth")["turned"].stride() == (1, 5)
+    save_checkpoint("x.pth", {"tensor": stored.as_strided((8, 8), (0, 0), 99)})
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint("x.pth")
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/etc", "a\nb", "a\\b", "C:x"])
 def test_names_are_names(name, monkeypatch, capsys):
     with pytest.raises(UserError, match="is no name of a dataset"):
