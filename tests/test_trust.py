@@ -118,14 +118,17 @@ STATES = {
     "no best score": lambda s: s.pop("best_valid_score"),
     "a vocabulary that repeats": lambda s: s["vocabulary"].update(item_id="i1\ni1"),
     "no vocabulary": lambda s: s.update(vocabulary=None),
+    "settings that are tensors": lambda s: s["config"].update(field_separator=[torch.ones(2, 2)]),
+    "a seed that is none": lambda s: s["config"].update(seed=[1]),
     "settings that are none": lambda s: s["config"].update(hidden_size=[{"x": None}]),
 }
 
 
 @pytest.mark.parametrize("change", STATES.values(), ids=STATES)
 def test_what_is_resumed_is_checked_first(change, checkpoint):
-    with pytest.raises(UserError, match=r"changed\.pth"):
+    with pytest.raises(UserError, match=r"changed\.pth") as error:
         resume(changed(checkpoint, change))
+    assert "\n" not in str(error.value)
 
 
 def test_numpys_generator_reads_no_memory_but_its_own():
