@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz.campaign --kind checkpoint --count 10000 --seed 1``: many changed files, and what becomes of each.
+"""``python -m tests.fuzz.campaign --kind checkpoint --count 10000``: many changed files, and what becomes of each.
 
 Cases run in batches, each in a process of its own, so that one that dies is counted and named, and the batch goes on
 behind it. A batch is made anew by its ``--seed``; files of what went wrong are kept in ``--folder``.
@@ -59,14 +59,9 @@ def run_batch(kind: str, count: int, seed: int, skip: int, log: Path, absurd: bo
         if outcome.word not in ("refused", "equal", "different"):
             log.with_name(f"{log.stem}-{number}.case").write_bytes(case.data)
         with log.open("a") as file:
-            line = {
-                "case": number,
-                "kind": case.kind,
-                "word": outcome.word,
-                "by_name": outcome.by_name,
-                "detail": outcome.detail,
-            }
-            file.write(json.dumps(line) + "\n")
+            made = {name: value for name, value in vars(case).items() if name != "data"}
+            line = {"case": number, **made, "word": outcome.word, "by_name": outcome.by_name, "detail": outcome.detail}
+            file.write(json.dumps(line, default=repr) + "\n")
         for folder in ("log", "saved", "log_tensorboard"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -115,16 +110,14 @@ def supervise(kind: str, count: int, seed: int, folder: Path, absurd: bool) -> l
 def _wait(child: subprocess.Popen, log: Path) -> bool:
     """Wait for a process; True where it had to be killed, for it showed no sign of life."""
     begin = time.time()
-    while True:
-        try:
-            child.wait(timeout=5)
-            return False
-        except subprocess.TimeoutExpired:
-            alive = max(begin, log.stat().st_mtime if log.exists() else 0)
-            if time.time() - alive > SILENCE:
-                child.kill()
-                child.wait()
-                return True
+    while child.poll() is None:
+        alive = max(begin, log.stat().st_mtime if log.exists() else 0)
+        if time.time() - alive > SILENCE:
+            child.kill()
+            child.wait()
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def summary(kind: str, cases: list[tuple[int, dict[str, Any]]]) -> str:
@@ -137,8 +130,10 @@ def summary(kind: str, cases: list[tuple[int, dict[str, Any]]]) -> str:
     text = [f"{len(cases)} cases of {kind}", " ".join(f"{cell:>12}" for cell in ["", *words])]
     text += [" ".join(f"{cell:>12}" for cell in row) for row in rows]
     text.append("\nWhat ought not to be:")
-    text += [f"  seed {seed} case {line['case']} ({line['kind']}): {line['word']}: {line['detail']}" for seed, line in cases
-             if line["word"] not in words[:3]]  # fmt: skip
+    for seed, line in cases:
+        if line["word"] not in words[:3]:
+            text.append(f"  seed {seed} case {line['case']} ({line['kind']}): {line['word']}: {line['detail']:.500}")
+            text.append(f"    { ({key: line[key] for key in ('model', 'settings', 'then') if key in line}) }")
     text.append("\nRefused by the last resort:")
     resort = Counter(line["detail"] for _, line in cases if not line["by_name"])
     text += [f"  {number:>6} {place}" for place, number in resort.most_common()]

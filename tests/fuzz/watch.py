@@ -17,7 +17,7 @@ from recbole_ssm.errors import UserError
 PATIENCE = 30.0
 
 # What no file that is read may bring about, whatever it holds (names of sys.audit's events).
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "socket.bind",
+FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.bind",
              "socket.getaddrinfo", "pickle.find_class", "ctypes.dlopen", "webbrowser.open")  # fmt: skip
 WRITING = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
 
@@ -78,7 +78,7 @@ sys.addaudithook(_hook)
 
 class _Lines(logging.Handler):
     def __init__(self):
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record):
@@ -100,13 +100,19 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def attempt(call: Callable[[], Any], patience: float = PATIENCE) -> Outcome:
-    """Make a call in the working directory, and tell what became of it; ``equal`` where it returned."""
+def attempt(call: Callable[[], Any], patience: float = PATIENCE, level: str = "WARNING") -> Outcome:
+    """Make a call in the working directory, and tell what became of it; ``equal`` where it returned.
+
+    Args:
+        call: what is tried.
+        patience: seconds of this process's own work that it may take.
+        level: of the lines of the log that are kept.
+    """
     lines = _Lines()
     root = logging.getLogger()
     before = root.handlers[:], root.level
     root.handlers[:] = [lines]
-    root.setLevel(logging.WARNING)
+    root.setLevel(level)
     SUSPICIOUS.clear()
     _folder.append(os.getcwd())
     try:
@@ -124,8 +130,8 @@ def attempt(call: Callable[[], Any], patience: float = PATIENCE) -> Outcome:
         outcome = Outcome("traceback", f"{type(error).__name__}: {str(error)[:300]} {_place(error)}")
     finally:
         _folder.clear()
-        root.handlers[:], level = before
-        root.setLevel(level)
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
     outcome.told = lines.lines
     if Path(TRAP).exists() or SUSPICIOUS:
         outcome = Outcome("code", "; ".join(SUSPICIOUS) or "the trap was set off", lines.lines)
