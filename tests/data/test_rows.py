@@ -332,3 +332,9 @@ def test_settings_of_columns_that_are_not_there(settings, message):
     write_dataset("tiny", LIST_ROWS, LISTS)
     with pytest.raises(UserError, match=message):
         create_dataset(small_config("Mamba4Rec", load_col=None, **settings))
+
+
+def test_an_empty_column_of_numbers_beside_one_of_words():
+    write_dataset("tiny", [f"{row}\t\tlarge" for row in random_rows(users=8)], f"{HEADER}\tprice:float\tsize:float")
+    with pytest.raises(UserError, match="line 2 has large in column size:float, which is no number"):
+        create_dataset(small_config("Mamba4Rec", load_col=None))
