@@ -17,7 +17,7 @@ from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
 
 from . import checkpoints
-from .checkpoints import MODELS, QUIET, damaged
+from .checkpoints import MODELS, QUIET, TEXT, damaged
 from .watch import Outcome, attempt
 
 NAME = "odd"
@@ -155,7 +155,7 @@ def cases(draw: Any, bases: Bases, absurd: bool = False) -> Case:
         settings = settings if model == "Mamba4Rec" else {}
     elif kind == "tokens":
         for _ in range(draw(st.integers(1, 4))):
-            somewhere()[draw(st.integers(0, 1))] = draw(st.one_of(st.sampled_from(TOKENS), st.text(max_size=4)))
+            somewhere()[draw(st.integers(0, 1))] = draw(st.one_of(st.sampled_from(TOKENS), TEXT))
     elif kind == "times":
         for _ in range(draw(st.integers(1, 3))):
             somewhere()[2] = draw(st.sampled_from(TIMES))
