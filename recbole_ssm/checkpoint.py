@@ -292,8 +292,9 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-        # A view of a few bytes could claim to be any number of them.
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        # A view of a few bytes could claim to be any number of them, and fused optimizers go through memory from the
+        # first number on, whatever the strides say.
+        if (value.storage_offset() + value.numel()) * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError("a tensor larger than what it is stored in")
     elif isinstance(value, dict):
         if value.keys() == {"__numpy__"}:

@@ -12,7 +12,7 @@ import numpy as np
 import recbole.config
 import torch
 import yaml
-from recbole.utils import InputType, ModelType
+from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
@@ -276,14 +276,17 @@ class Config(recbole.config.Config):
         super()._set_default_parameters()
         final = self.final_config_dict
         metric, _, k = final["valid_metric"].lower().partition("@")
-        if metric not in {name.lower() for name in final["metrics"]} or (k and int(k) not in final["topk"]):
+        cut = final["eval_type"] == EvaluatorType.RANKING and metric != "gauc"
+        if metric not in {name.lower() for name in final["metrics"]} or k not in (
+            map(str, final["topk"]) if cut else [""]
+        ):
             raise UserError(
                 f"valid_metric {final['valid_metric']} is not among the metrics {final['metrics']} at {final['topk']}: "
                 "set --valid_metric to one that is."
             )
-        choices: dict[str, tuple[str, ...]] = {
+        choices: dict[str, tuple[str | None, ...]] = {
             "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS,
-            "cuda_graphs": CUDA_GRAPHS,
+            "cuda_graphs": CUDA_GRAPHS, "rm_dup_inter": (None, "first", "last"),
         }  # fmt: skip
         if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
             final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
@@ -293,7 +296,9 @@ class Config(recbole.config.Config):
             choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS, "moe_level": ("sequence", "position")}
         for key, values in choices.items():
             if key in final and final[key] not in values:
-                raise UserError(f"{key} is {final[key]!r}: choose one of {', '.join(values)}.")
+                raise UserError(
+                    f"{key} is {final[key]!r}: choose one of {', '.join(value or '~' for value in values)}."
+                )
         if final["save_dataloaders"] or final["dataloaders_save_path"]:
             raise UserError(
                 "loaders are made anew each time, for saved ones are pickles, which could run code: leave "
@@ -386,6 +391,15 @@ def printable(value: Any) -> Any:
     if not isinstance(value, str) or value.isprintable():
         return value
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in value)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is built of Python's own types alone, as what :attr:`Config.given` holds is."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _plain(value):

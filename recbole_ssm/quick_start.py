@@ -17,6 +17,7 @@ import psutil
 import torch
 from recbole.data.transform import construct_transform
 from recbole.utils import (
+    EvaluatorType,
     calculate_valid_score,
     get_environment,
     get_flops,
@@ -25,8 +26,8 @@ from recbole.utils import (
     set_color,
 )
 
-from recbole_ssm.checkpoint import expect, load_checkpoint, load_weights
-from recbole_ssm.config import Config
+from recbole_ssm.checkpoint import REMEDY, expect, load_checkpoint, load_weights
+from recbole_ssm.config import Config, is_plain
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.data.identity import check_identity
 from recbole_ssm.distributed import rank, world_size
@@ -243,10 +244,12 @@ def load_data_and_model(model_file, settings=None):
 def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config:
     """The configuration that a checkpoint was trained with, and ``settings`` above it; it numbers data as that did."""
     state = load_checkpoint(model_file)
-    given = state.get("config")
+    given = state.get("config", {})
+    expect(model_file, {"config": given}, config=dict)
     if not given:
         raise UserError(f"{model_file} does not say what it was trained with; give it to RecBole's own functions.")
-    expect(model_file, state, config=dict)
+    if not is_plain(given):
+        raise UserError(f"{model_file} holds settings that are no words and numbers: {REMEDY}")
     with _settings_of(model_file):
         config = Config.rebuild(given, {"checkpoint_dir": str(Path(model_file).parent), **(settings or {})})
     if "vocabulary" in state:
@@ -265,8 +268,8 @@ def _settings_of(file: str) -> Iterator[None]:
     except Exception as error:
         logging.getLogger().debug("", exc_info=error)
         raise UserError(
-            f"{file} cannot be used as it is ({type(error).__name__}: {error}): its settings or the data are not those "
-            "of a finished run."
+            f"{file} cannot be used as it is ({type(error).__name__}: {' '.join(str(error).split())}): its settings or "
+            "the data are not those of a finished run."
         ) from error
 
 
@@ -289,6 +292,12 @@ def load_data(config: Config, dataset=None):
     if config.identity:
         check_identity(dataset, config.identity, config.identity["file"])
     logging.getLogger().info(dataset)
+    # RecBole takes the first of as many scores as there are numbers of items, the padding's among them.
+    if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) > dataset.item_num:
+        raise UserError(
+            f"topk is {config['topk']}, but {config['dataset']} has {dataset.item_num - 1} items: set --topk to at "
+            "most that, and --valid_metric to one of it."
+        )
     return dataset, data_preparation(config, dataset)
 
 

@@ -125,6 +125,8 @@ REFUSED = {
     "metric": ({"metrics": ["NDGC"]}, "no metric named 'NDGC'"),
     "backend": ({"ssm_backend": "gpu"}, "ssm_backend is 'gpu': choose one of auto, reference, cpu, triton, mamba_ssm"),
     "cut-off": ({"topk": 20}, r"valid_metric NDCG@10 is not among the metrics .* at \[20\]"),
+    "no cut-off": ({"valid_metric": "NDCG"}, "valid_metric NDCG is not among the metrics"),
+    "a word for it": ({"valid_metric": "NDCG@x"}, "valid_metric NDCG@x is not among the metrics"),
     "measure": ({"metrics": "Hit"}, "valid_metric NDCG@10 is not among the metrics"),
     "loaders": ({"save_dataloaders": True}, "leave save_dataloaders"),
     "schedule": ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step': choose one of constant, linear, cosine"),
@@ -133,6 +135,7 @@ REFUSED = {
     "smoothed BPR": ({"label_smoothing": 0.1, "loss_type": "BPR"}, "with loss_type BPR: choose .* and 0 for other"),
     "temperature": ({"temperature": 0}, "temperature is 0: choose a positive number, or ~ for none"),
     "evaluation": ({"eval_args": "uni100"}, "should be a dict"),
+    "duplicates": ({"rm_dup_inter": "x"}, "rm_dup_inter is 'x': choose one of ~, first, last"),
     "negatives with CE": ({"train_neg_sample_args": {"distribution": "uniform"}}, "should be None"),
 }
 

@@ -121,14 +121,17 @@ STATES = {
     "no best score": lambda s: s.pop("best_valid_score"),
     "a vocabulary that repeats": lambda s: s["vocabulary"].update(item_id="i1\ni1"),
     "no vocabulary": lambda s: s.update(vocabulary=None),
+    "settings that are tensors": lambda s: s["config"].update(field_separator=[torch.ones(2, 2)]),
+    "a seed that is none": lambda s: s["config"].update(seed=[1]),
     "settings that are none": lambda s: s["config"].update(hidden_size=[{"x": None}]),
 }
 
 
 @pytest.mark.parametrize("change", STATES.values(), ids=STATES)
 def test_what_is_resumed_is_checked_first(change, checkpoint):
-    with pytest.raises(UserError, match=r"changed\.pth"):
+    with pytest.raises(UserError, match=r"changed\.pth") as error:
         resume(changed(checkpoint, change))
+    assert "\n" not in str(error.value)
 
 
 def test_numpys_generator_reads_no_memory_but_its_own():
@@ -150,6 +153,16 @@ def test_every_flipped_bit_is_noticed(checkpoint):
 def test_a_small_file_does_not_grow():
     """A tensor that claims more than it is stored in, and an archive that is compressed."""
     save_checkpoint("x.pth", {"tensor": torch.zeros(1).expand(1 << 40)})
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint("x.pth")
+
+
+def test_a_tensor_ends_where_its_storage_does():
+    """Fused Adam crashed on moments that are all one number, the last of many."""
+    stored = torch.arange(100.0)
+    save_checkpoint("x.pth", {"turned": stored.reshape(20, 5).T, "column": stored.reshape(20, 5)[:, 4]})
+    assert load_checkpoint("x.pth")["turned"].stride() == (1, 5)
+    save_checkpoint("x.pth", {"tensor": stored.as_strided((8, 8), (0, 0), 99)})
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint("x.pth")
 

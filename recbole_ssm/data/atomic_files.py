@@ -84,13 +84,13 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         if isinstance(self, recbole_datasets.DIENDataset):  # draws negatives as soon as it is made
             check_shares(np.ones(self.item_num - 1), self.dataset_name)
 
-    def _load_data(self, token, dataset_path):
+    def _from_scratch(self):
         try:
-            super()._load_data(token, dataset_path)
+            super()._from_scratch()
         except UserError:
             raise
         except (ValueError, AssertionError) as error:  # RecBole's own sentences
-            raise UserError(f"dataset {token} cannot be read: {error}") from error
+            raise UserError(f"dataset {self.dataset_name} cannot be read as it is set: {error}") from error
 
     def _load_feat(self, filepath, source):
         """As RecBole's, by :class:`~recbole_ssm.data.reading.AtomicFile`."""

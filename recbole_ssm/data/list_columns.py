@@ -77,7 +77,7 @@ class ListColumns(Dataset):
         for field in self._numeric(methods, "discretization"):
             if field not in self.config["numerical_features"]:
                 raise UserError(f"discretization names {field}: name it in numerical_features as well.")
-        for field in self.config["numerical_features"]:
+        for field in self._numeric(self.config["numerical_features"], "numerical_features"):
             for feat in self.field2feats(field):
                 lists = self.field2type[field] == FeatureType.FLOAT_SEQ
                 values = in_one(feat[field]) if lists else feat[field].to_numpy()

@@ -217,8 +217,8 @@ class AtomicFile:
     def _refuse_words(self, numbers: list[str], count: int, blank: list[int]) -> None:
         table = self._parse(numbers, dict.fromkeys(numbers, "object"), count, blank)
         for name in numbers:
-            wrong = ~table[name].map(_is_number, na_action="ignore").fillna(True).astype(bool)
-            self._refuse(name, wrong, table[name], "no number")
+            cells = table[name].dropna()
+            self._refuse(name, ~cells.map(_is_number).astype(bool), cells, "no number")
 
     def _refuse(self, name: str, wrong: pd.Series, cells: pd.Series, what: str) -> None:
         if wrong.any():

@@ -12,7 +12,7 @@ from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.filters import Filters
 from recbole_ssm.distributed import weight_of
 from recbole_ssm.errors import UserError
-from recbole_ssm.quick_start import build_model
+from recbole_ssm.quick_start import build_model, train_and_test
 from recbole_ssm.trainer import get_trainer
 
 from ..conftest import HEADER, build, random_rows, small_config, write_dataset
@@ -310,3 +310,31 @@ def test_names_that_rows_give_to_columns_of_their_own(column):
     with pytest.raises(UserError, match=f"tiny.inter has a column {column}, as rows made of it have one"):
         create_dataset(small_config("Mamba4Rec", load_col=None))
     create_dataset(small_config("Mamba4Rec"))  # not loaded, it is in nobody's way
+
+
+def test_a_catalogue_smaller_than_what_is_ranked():
+    """torch's own words for it came after the first epoch."""
+    write_dataset("tiny", random_rows(users=8, items=5))
+    with pytest.raises(UserError, match=r"topk is \[10\], but tiny has 5 items: set --topk to at most that"):
+        train_and_test(small_config("Mamba4Rec", epochs=1))
+    result = train_and_test(small_config("Mamba4Rec", epochs=1, topk=5, valid_metric="NDCG@5")).result
+    assert result["test_result"]["hit@5"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"numerical_features": ["tags"]}, r"numerical_features is \['tags'\]: make it a list of columns of numbers"),
+        ({"preload_weight": {"x": "price"}}, r"dataset tiny cannot be read as it is set: .*\[x\] not exist"),
+    ],
+)
+def test_settings_of_columns_that_are_not_there(settings, message):
+    write_dataset("tiny", LIST_ROWS, LISTS)
+    with pytest.raises(UserError, match=message):
+        create_dataset(small_config("Mamba4Rec", load_col=None, **settings))
+
+
+def test_an_empty_column_of_numbers_beside_one_of_words():
+    write_dataset("tiny", [f"{row}\t\tlarge" for row in random_rows(users=8)], f"{HEADER}\tprice:float\tsize:float")
+    with pytest.raises(UserError, match="line 2 has large in column size:float, which is no number"):
+        create_dataset(small_config("Mamba4Rec", load_col=None))

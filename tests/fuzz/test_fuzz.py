@@ -1,0 +1,85 @@
+"""A few changed files of each kind in continuous integration; 10,000 of each behind the marker ``fuzz``."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from . import campaign, checkpoints, interactions, watch
+
+KINDS = {"checkpoint": checkpoints, "inter": interactions}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """A kind of file, and a folder in which what is changed was made."""
+    module: Any = KINDS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp(request.param))
+        patch.setattr("sys.argv", ["fuzz"])
+        patch.setattr(tempfile, "tempdir", str(Path.cwd()))
+        return module, module.Bases(), Path.cwd()
+
+
+def test_a_few_changed_files(kind, monkeypatch):
+    module, bases, folder = kind
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: 0.0)  # which RecBole waits a second for after each run
+
+    # The same ones each time, without a look for the smallest that fails: there is no time.
+    @settings(
+        max_examples=40, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=HealthCheck,
+    )  # fmt: skip
+    @given(module.cases(bases))
+    def one(case):
+        outcome = module.check(case, bases)
+        assert outcome.word not in watch.BAD, (outcome, case)
+
+    one()
+    torch.autograd.set_detect_anomaly(False)  # which one of RecBole's models switches on
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_campaign(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert campaign.main([f"--kind={kind}", "--count=10000", f"--folder={tmp_path}"]) == 0
+
+
+# Of the harness itself: each of these must not pass for a file that was read well.
+
+BAD_CALLS = {
+    "traceback": lambda: [][1],
+    "code": lambda: __import__("subprocess").run(["true"], check=False),
+    "hang": lambda: [None for _ in iter(int, 1)],
+}
+
+
+@pytest.mark.parametrize("word", BAD_CALLS)
+def test_what_ought_not_to_be_is_noticed(word):
+    assert watch.attempt(BAD_CALLS[word], patience=0.2).word == word
+
+
+def test_writing_elsewhere_is_noticed(tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("x") / "file"
+    assert watch.attempt(lambda: elsewhere.write_text("x")).word == "code"
+    assert watch.attempt(lambda: Path("file").write_text("x")).word == "equal"
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        (b"user_id:token\titem_id:token\na\tb\n\n\"c\td\"\r\n", [("a", "b"), ('"c', 'd"')]),
+        (b"user_id:token\titem_id:token\na\n", None),
+        (b"user_id:token\titem_id:token\n\xff\ta\n", None),
+    ],
+)  # fmt: skip
+def test_rows_are_counted_by_themselves(data, rows):
+    found = interactions.rows_of(data, "utf-8", "\t")
+    assert (found and [tuple(row.values()) for row in found]) == rows
