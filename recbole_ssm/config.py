@@ -262,7 +262,7 @@ class Config(recbole.config.Config):
             final["device"] = torch.device("cuda", rank)
             torch.cuda.set_device(rank)
         if rank + final["offset"]:
-            final |= {"state": "error", "show_progress": False}
+            final |= {"state": "error", "show_progress": False, "log_wandb": False}
         if not torch.distributed.is_initialized():
             backend = "nccl" if final["device"].type == "cuda" else "gloo"
             number = {"rank": rank + final["offset"], "world_size": final["world_size"]}

@@ -4,14 +4,17 @@ import math
 import os
 import secrets
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_local_time
+from torch.utils.tensorboard import SummaryWriter
 
 from recbole_ssm.checkpoint import (
     check_optimizer_state,
@@ -45,6 +48,22 @@ class Timings:
         }
 
 
+class _Silence:
+    """A TensorBoard that nothing is written to."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def discard(writer: SummaryWriter) -> None:
+    """Close a TensorBoard, and remove the file that it began and nothing was written to."""
+    begun: dict[str, Any] = writer.all_writers or {}
+    files = [Path(one.event_writer._file_name) for one in begun.values()]
+    writer.close()
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
 class DurableTraining(Trainer):
     """What goes in front of any of RecBole's trainers.
 
@@ -58,9 +77,14 @@ class DurableTraining(Trainer):
 
     resumable = True
     evaluator: Any
+    tensorboard: Any
 
     def __init__(self, config, model):
         super().__init__(config, model)
+        # RecBole's begins to write, in a thread of its own, whatever follows; it begins anew where something does.
+        discard(self.tensorboard)
+        if rank() > 0:
+            self.tensorboard = _Silence()
         # RecBole names the file by the second, which two runs started together share (as they may their process's
         # number, in two containers).
         name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{secrets.token_hex(4)}.pth"]
@@ -111,6 +135,8 @@ class DurableTraining(Trainer):
             return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted in epoch {self._epoch}; {self._kept()}") from None
+        finally:
+            self.tensorboard.close()  # and its thread
 
     def _take_random_state(self, train_data: Any) -> None:
         assert self._resume is not None

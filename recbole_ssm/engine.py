@@ -49,6 +49,8 @@ def train_on_ray(
     Raises:
         UserError: for settings that cannot be used, or where processes died more often than they are started again.
     """
+    if nproc < 1:
+        raise UserError(f"--nproc is {nproc}: at least one process is needed.")
     with all_gpus_visible():
         config = Config(model, dataset, config_file_list, config_dict)
     start_ray(address)

@@ -1,11 +1,16 @@
 """Start several processes that train one model, on this machine alone or with those of others."""
 
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 from torch.multiprocessing import ProcessExitedException
 
@@ -39,8 +44,10 @@ def launch(
         What the job returned in this machine's first process.
 
     Raises:
-        UserError: where this machine has fewer GPUs than processes, or a process fails or dies.
+        UserError: for no process, where this machine has fewer GPUs than processes, or a process fails or dies.
     """
+    if nproc < 1:
+        raise UserError(f"--nproc is {nproc}: at least one process is needed.")
     if config["device"].type == "cuda":
         named = len(config["gpu_id"].split(","))
         if torch.cuda.device_count() < nproc or named < nproc:
@@ -74,8 +81,10 @@ def _run(job, settings):
 
 
 def _run_rank(rank, job, settings, queue):
-    # Each process would take all cores.
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    # Each process would take all cores, by torch and by numba.
     torch.set_num_threads(max(1, torch.get_num_threads() // settings["nproc"]))
+    numba.set_num_threads(max(1, numba.get_num_threads() // settings["nproc"]))
     try:
         result = job({**settings, "local_rank": rank})
     except UserError as error:
@@ -84,3 +93,11 @@ def _run_rank(rank, job, settings, queue):
     if rank == 0:
         queue.put(result)
     torch.distributed.destroy_process_group()
+
+
+def _end_with_launcher():
+    """Wait for the launcher's end, of which a process that waits for the others in a collective learns nothing."""
+    launcher = parent_process()
+    assert launcher is not None
+    wait([launcher.sentinel])
+    os._exit(1)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from colorama.ansitowin32 import StreamWrapper
 from recbole.data.transform import construct_transform
 from recbole.utils import (
     EvaluatorType,
@@ -36,6 +37,8 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.launch import launch
 from recbole_ssm.registry import MODELS, model_class
 from recbole_ssm.trainer import SequenceTrainer, get_trainer
+
+_LOGS: list[logging.Handler] = []  # of the run that was started last
 
 RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
 
@@ -278,12 +281,27 @@ def start_logging(config: Config) -> logging.Logger:
     init_seed(config["seed"], config["reproducibility"])
     for folder in (f"log/{config['model']}", config["checkpoint_dir"]):
         Path(folder).mkdir(parents=True, exist_ok=True)  # RecBole's way fails where another process is first
-    init_logger(config)
     logger = logging.getLogger()
+    _end_logs(logger)
+    others = logger.handlers[:]
+    init_logger(config)
+    _LOGS.extend(handler for handler in logger.handlers if handler not in others)
     logger.info(sys.argv)
     logger.info(config)
     logger.info("Property files: " + ", ".join(f"{file.parent.name}/{file.name}" for file in config.property_files))
     return logger
+
+
+def _end_logs(logger: logging.Logger) -> None:
+    """Undo what RecBole's ``init_logger`` did for the run before: as it is, the next run's file would stay empty."""
+    while _LOGS:
+        handler = _LOGS.pop()
+        logger.removeHandler(handler)
+        handler.close()
+    while isinstance(sys.stdout, StreamWrapper):  # anew each time, until Python's stack is too small
+        sys.stdout = sys.stdout._StreamWrapper__wrapped
+    while isinstance(sys.stderr, StreamWrapper):
+        sys.stderr = sys.stderr._StreamWrapper__wrapped
 
 
 def load_data(config: Config, dataset=None):
