@@ -311,7 +311,9 @@ def bent(draw: Any, tensor: torch.Tensor) -> Any:
             "neg": lambda: torch.zeros(tensor.shape, dtype=torch.complex64).conj().imag,
             "same": lambda: tensor,
         }
-        return changes[way]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that quantized tensors are deprecated
+            return changes[way]()
     except (RuntimeError, IndexError, TypeError, NotImplementedError):  # what no such tensor can be made to
         return None
 
