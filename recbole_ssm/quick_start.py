@@ -192,8 +192,8 @@ def prepare(config: Config, dataset=None):
     dataset, loaders = load_data(config, dataset)
     model = build_model(config, loaders[0])
     logger.info(model)
-    if config["model"] not in MODELS:
-        # RecBole counts the layers that it knows, which leaves the scans of our models out.
+    if config["model"] not in MODELS and len(dataset) > 1:
+        # RecBole counts the layers that it knows, which leaves the scans of our models out, by the second row.
         flops = get_flops(model, dataset, config["device"], logger, construct_transform(config))
         logger.info(set_color("FLOPs", "blue") + f": {flops}")
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)

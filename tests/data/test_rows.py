@@ -338,3 +338,11 @@ def test_an_empty_column_of_numbers_beside_one_of_words():
     write_dataset("tiny", [f"{row}\t\tlarge" for row in random_rows(users=8)], f"{HEADER}\tprice:float\tsize:float")
     with pytest.raises(UserError, match="line 2 has large in column size:float, which is no number"):
         create_dataset(small_config("Mamba4Rec", load_col=None))
+
+
+@pytest.mark.parametrize("model", ["Mamba4Rec", "SASRec"])
+def test_a_single_target_is_trained_on(model):
+    """RecBole counts a model's operations by the second one."""
+    write_dataset("tiny", ["u\ta\t1", "u\tb\t2"])
+    settings = {"epochs": 1, "topk": 1, "valid_metric": "NDCG@1", "train_neg_sample_args": None, "show_progress": False}
+    assert train_and_test(config_of(model, **settings)).result["test_result"] is None

@@ -5,6 +5,7 @@ behind it. A batch is made anew by its ``--seed``; files of what went wrong are 
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -15,10 +16,11 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-BATCH = 500
+BATCH = 1000
 # Seconds without a sign of life, after which a batch's process is killed: PATIENCE is of its own time, and this is
 # for what no signal interrupts.
 SILENCE = 300
@@ -30,12 +32,15 @@ def run_batch(kind: str, count: int, seed: int, skip: int, log: Path, absurd: bo
     """Run ``count`` cases in the working directory but the first ``skip``, and write a line a case to ``log``."""
     import psutil
     import torch
+    import yaml
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
     torch.set_num_threads(1)
     warnings.filterwarnings("error", module="recbole_ssm")  # as in the tests
     psutil.cpu_percent = lambda *_, **__: 0.0  # which RecBole waits a second for after each run
+    read = lru_cache(maxsize=None)(yaml.load)
+    yaml.load = lambda text, Loader: copy.deepcopy(read(text, Loader))  # of the same property files each time
     sys.argv = ["fuzz"]
     if kind == "checkpoint":
         from . import checkpoints as module

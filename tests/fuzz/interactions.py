@@ -112,7 +112,8 @@ class Bases:
     """Checkpoints of tiny models, made once in the working directory."""
 
     def __init__(self) -> None:
-        self.data = checkpoints.Bases().data
+        self.checkpoints = checkpoints.Bases()
+        self.data = self.checkpoints.data
 
 
 def _table(users: int, items: int, longest: int, seed: int) -> list[list[str]]:

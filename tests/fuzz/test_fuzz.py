@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+from recbole_ssm import checkpoint
+from recbole_ssm.data.reading import AtomicFile
+
 from . import campaign, checkpoints, interactions, watch
 
 KINDS = {"checkpoint": checkpoints, "inter": interactions}
@@ -70,6 +73,26 @@ def test_writing_elsewhere_is_noticed(tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("x") / "file"
     assert watch.attempt(lambda: elsewhere.write_text("x")).word == "code"
     assert watch.attempt(lambda: Path("file").write_text("x")).word == "equal"
+
+
+def test_a_lost_row_and_a_changed_weight_are_noticed(monkeypatch):
+    bases = interactions.Bases()
+    rows = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(3) for item in range(9))
+    case = interactions.Case("x", ("user_id:token\titem_id:token\ttimestamp:float\n" + rows).encode(), "Mamba4Rec")
+    case.settings = {"topk": 5, "valid_metric": "NDCG@5"}
+    assert interactions.check(case, bases).word == "equal"
+    read = AtomicFile.read
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicFile, "read", lambda *args: read(*args).iloc[:-1])
+        assert interactions.check(case, bases).word == "rows"
+
+    data = bytearray(bases.data["BPR"])
+    weight = bases.checkpoints.states["BPR"]["state_dict"]["item_embedding.weight"]
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    changed = checkpoints.Case("bytes", "BPR", bytes(data))
+    assert checkpoints.check(changed, bases.checkpoints).word == "refused"
+    monkeypatch.setattr(checkpoint, "_is_whole", lambda file: True)
+    assert checkpoints.check(changed, bases.checkpoints).word == "damage"
 
 
 @pytest.mark.parametrize(
