@@ -109,10 +109,10 @@ class Case:
 
 
 class Bases:
-    """Checkpoints of tiny models, made once in the working directory."""
+    """Checkpoints of tiny models, made once in the working directory where they are not given."""
 
-    def __init__(self) -> None:
-        self.checkpoints = checkpoints.Bases()
+    def __init__(self, made: checkpoints.Bases | None = None) -> None:
+        self.checkpoints = made or checkpoints.Bases()
         self.data = self.checkpoints.data
 
 

@@ -17,31 +17,37 @@ from . import campaign, checkpoints, interactions, watch
 KINDS = {"checkpoint": checkpoints, "inter": interactions}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request, tmp_path_factory):
-    """A kind of file, and a folder in which what is changed was made."""
-    module: Any = KINDS[request.param]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoints, and the folder that holds what they need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp(request.param))
+        patch.chdir(tmp_path_factory.mktemp("made"))
         patch.setattr("sys.argv", ["fuzz"])
-        patch.setattr(tempfile, "tempdir", str(Path.cwd()))
-        return module, module.Bases(), Path.cwd()
+        patch.setattr(psutil, "cpu_percent", lambda *_, **__: 0.0)  # which RecBole waits a second for after each run
+        return checkpoints.Bases(), Path.cwd()
 
 
-def test_a_few_changed_files(kind, monkeypatch):
-    module, bases, folder = kind
+@pytest.fixture
+def bases(made, monkeypatch):
+    bases, folder = made
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: 0.0)  # which RecBole waits a second for after each run
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: 0.0)
+    return {"checkpoint": bases, "inter": interactions.Bases(bases)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_changed_files(kind, bases):
+    module: Any = KINDS[kind]
 
     # The same ones each time, without a look for the smallest that fails: there is no time.
     @settings(
-        max_examples=40, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=30, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=HealthCheck,
     )  # fmt: skip
-    @given(module.cases(bases))
+    @given(module.cases(bases[kind]))
     def one(case):
-        outcome = module.check(case, bases)
+        outcome = module.check(case, bases[kind])
         assert outcome.word not in watch.BAD, (outcome, case)
 
     one()
@@ -75,24 +81,23 @@ def test_writing_elsewhere_is_noticed(tmp_path_factory):
     assert watch.attempt(lambda: Path("file").write_text("x")).word == "equal"
 
 
-def test_a_lost_row_and_a_changed_weight_are_noticed(monkeypatch):
-    bases = interactions.Bases()
+def test_a_lost_row_and_a_changed_weight_are_noticed(monkeypatch, bases):
     rows = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(3) for item in range(9))
     case = interactions.Case("x", ("user_id:token\titem_id:token\ttimestamp:float\n" + rows).encode(), "Mamba4Rec")
     case.settings = {"topk": 5, "valid_metric": "NDCG@5"}
-    assert interactions.check(case, bases).word == "equal"
+    assert interactions.check(case, bases["inter"]).word == "equal"
     read = AtomicFile.read
     with monkeypatch.context() as patch:
         patch.setattr(AtomicFile, "read", lambda *args: read(*args).iloc[:-1])
-        assert interactions.check(case, bases).word == "rows"
+        assert interactions.check(case, bases["inter"]).word == "rows"
 
-    data = bytearray(bases.data["BPR"])
-    weight = bases.checkpoints.states["BPR"]["state_dict"]["item_embedding.weight"]
+    data = bytearray(bases["checkpoint"].data["BPR"])
+    weight = bases["checkpoint"].states["BPR"]["state_dict"]["item_embedding.weight"]
     data[data.index(weight.numpy().tobytes())] ^= 1
     changed = checkpoints.Case("bytes", "BPR", bytes(data))
-    assert checkpoints.check(changed, bases.checkpoints).word == "refused"
+    assert checkpoints.check(changed, bases["checkpoint"]).word == "refused"
     monkeypatch.setattr(checkpoint, "_is_whole", lambda file: True)
-    assert checkpoints.check(changed, bases.checkpoints).word == "damage"
+    assert checkpoints.check(changed, bases["checkpoint"]).word == "damage"
 
 
 @pytest.mark.parametrize(
