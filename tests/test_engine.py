@@ -15,6 +15,7 @@ pytest.importorskip("ray")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_process_died():
     write_dataset("tiny", random_rows())
     words = ["--model=Mamba4Rec", "--dataset=tiny", "--data_path=dataset", "--epochs=12"]

@@ -105,7 +105,8 @@ OWN, FURTHER = own_sizes(), further_sizes()
 OPS = sorted({op for op, _ in OWN})
 
 
-@pytest.mark.parametrize("op", OPS)
+# The scan multiplies no blocks, and its 60 kernels take longest.
+@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op == "selective_scan")) for op in OPS])
 def test_kernels_at_the_models_sizes(op, tmp_path):
     found = compiled(cases(op, [sizes for name, sizes in OWN if name == op]), (90,), tmp_path)
     assert {kernel["dtype"] for kernel in found} == set(DTYPES)

@@ -107,6 +107,7 @@ def test_a_killed_trial_is_named_and_the_search_goes_on(local_ray):
     assert not any(waiting.values()), waiting  # nobody else's machine can reach them
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_and_loses_nothing():
     Path("base.yaml").write_text(yaml.safe_dump(settings()))
     Path("space.yaml").write_text("learning_rate: [0.001, 0.002, 0.003, 0.004]\n")
