@@ -7,7 +7,7 @@ import recbole.data.dataset
 from recbole.data.dataset import SequentialDataset
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
-from recbole.utils import ModelType, set_color
+from recbole.utils import EvaluatorType, ModelType, set_color
 
 from recbole_ssm.data.atomic_files import hardened
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
@@ -84,8 +84,9 @@ def data_preparation(config, dataset):
 
     Raises:
         UserError: for settings that sequence mode cannot follow, a split that leaves nothing to train on, or a
-            catalogue in which there is no negative to draw.
+            catalogue that is smaller than a list to recommend or in which there is no negative to draw.
     """
+    _check_topk(config, dataset)
     _bound_scores(config, dataset)
     try:
         train_data, *eval_data = _loaders(config, dataset)
@@ -136,6 +137,15 @@ def _loaders(config, dataset):
     return train_data, *eval_data
 
 
+def _check_topk(config, dataset) -> None:
+    """Refuse lists that no ranking of the catalogue fills, on which RecBole's evaluation fails after an epoch."""
+    items = dataset.item_num - 1  # without the padding
+    if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) > items:
+        raise UserError(
+            f"topk is {config['topk']}, but {config['dataset']} has {items} items: choose no more than these."
+        )
+
+
 def _bound_scores(config, dataset) -> None:
     """Lower ``eval_batch_size`` to as many users as can have all items' scores at a time.
 
@@ -157,10 +167,5 @@ def _check_exclusion(config, dataset) -> None:
 
 
 def _check_sequence_mode(config, dataset) -> None:
-    remedy = "set train_mode: prefix."
     if not isinstance(dataset, SequenceDataset):
-        raise UserError(f"train_mode: sequence needs one .inter file, not benchmark_filename; {remedy}")
-    if config["train_neg_sample_args"]["dynamic"]:
-        raise UserError(f"train_mode: sequence samples no dynamic negatives; {remedy}")
-    if config["transform"]:
-        raise UserError(f"train_mode: sequence applies no transform ({config['transform']}); {remedy}")
+        raise UserError("train_mode: sequence needs one .inter file, not benchmark_filename; set train_mode: prefix.")
