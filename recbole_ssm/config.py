@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import difflib
 import logging
 import sys
 from pathlib import Path
@@ -10,21 +9,15 @@ from typing import Any
 
 import numpy as np
 import recbole.config
+import recbole.trainer
 import torch
 import yaml
-from recbole.utils import EvaluatorType, InputType, ModelType
+from recbole.utils import InputType, ModelType, get_trainer
 
 from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
-from recbole_ssm.graphs import CUDA_GRAPHS
-from recbole_ssm.models.base import LOSS_TYPES
-from recbole_ssm.models.sequence_mode import CAUSAL_MODELS
-from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.registry import MODELS, list_models
-from recbole_ssm.trainer import LR_SCHEDULERS
-
-TRAIN_MODES = ("sequence", "prefix")
-TIME_ORDERS = ("exact", "float32")
+from recbole_ssm.settings import CAUSAL_MODELS, FIXED, check, near, schema_of, unread
 
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
 COMMAND_OPTIONS = {
@@ -54,9 +47,13 @@ FILE_SETTINGS = {
 # What each loss samples where nothing else is asked for; gSASRec's number (arXiv 2308.07192) for the last two.
 NEGATIVES: dict[str, dict[str, Any] | None] = {
     "CE": None,
+    "BCE": {"distribution": "uniform", "sample_num": 1},
+    "BPR": {"distribution": "uniform", "sample_num": 1},
     "gBCE": {"distribution": "uniform", "sample_num": 256},
     "SampledSoftmax": {"distribution": "uniform", "sample_num": 256},
 }
+
+SEQUENTIAL_EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
 
 SAMPLE_LOAD_COL = {"inter": ["user_id", "item_id"]}
 
@@ -109,6 +106,7 @@ class Config(recbole.config.Config):
     """
 
     identity: dict[str, Any] = {}  # noqa: RUF012
+    given_twice: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, model=None, dataset=None, config_file_list=None, config_dict=None):
         try:
@@ -125,12 +123,25 @@ class Config(recbole.config.Config):
 
         Property files as they are now are below it, and the command line is not read: what a checkpoint was trained
         with stays as it was. Files that it names (:data:`FILE_SETTINGS`) and its GPU are left to ``settings``.
+
+        Raises:
+            UserError: where ``settings`` would make another model of the one that was trained.
         """
         changes = {key: _literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
+        for key in sorted(FIXED & changes.keys() & given.keys()):
+            if changes[key] != given[key]:
+                raise UserError(
+                    f"{key} is {given[key]!r} in the checkpoint's model, which is not the same model with "
+                    f"{changes[key]!r}: leave it out, or train again."
+                )
         given = {key: value for key, value in given.items() if key not in FILE_SETTINGS | PROCESS_SETTINGS}
-        if isinstance(changes.get("eval_args"), dict):
+        if isinstance(changes.get("eval_args"), dict) and isinstance(given.get("eval_args"), dict):
             changes["eval_args"] = {**given["eval_args"], **changes["eval_args"]}
-        return _RebuiltConfig(config_dict={**given, **changes})
+        if "loss_type" in changes and changes["loss_type"] != given.get("loss_type"):
+            given.pop("train_neg_sample_args", None)
+        config = _RebuiltConfig(config_dict={**given, **changes})
+        config._refuse_unread(changes)
+        return config
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Config":
@@ -166,12 +177,13 @@ class Config(recbole.config.Config):
     def _load_cmd_line(self):
         """``--key=value`` words of the command line; a script's other words are its own."""
         settings: dict[str, str] = {}
+        self.given_twice = {}
         for word in [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]:
             key, equals, value = word.removeprefix("--").partition("=")
             if not word.startswith("--") or not equals or key in COMMAND_OPTIONS:
                 continue
             if settings.setdefault(key, value) != value:
-                raise UserError(f"--{key} is given twice, as {settings[key]} and as {value}.")
+                self.given_twice[key] = f"--{key} is given twice, as {settings[key]} and as {value}."
         return self._convert_config_dict(settings)
 
     def __str__(self):
@@ -193,9 +205,7 @@ class Config(recbole.config.Config):
             name = model or self.external_config_dict["model"]
             if name in list_models():
                 raise UserError(f"model {name} cannot be loaded: {error}.") from error
-            raise UserError(
-                f"unknown model {name!r}{suggestion(str(name), list_models())} --list_models names all."
-            ) from error
+            raise UserError(f"unknown model {name!r}{near(name, list_models())} --list_models names all.") from error
 
     def _load_internal_config_dict(self, model, model_class, dataset):
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -204,6 +214,8 @@ class Config(recbole.config.Config):
         if model in MODELS:
             files += [root / "overall.yaml", root / "model" / f"{model}.yaml"]
         if model_class.type == ModelType.SEQUENTIAL:
+            if self.internal_config_dict["eval_args"]["order"] != "TO":  # of GRU4RecKG and KSR, which RecBole forgot
+                self.internal_config_dict["eval_args"] = copy.deepcopy(SEQUENTIAL_EVALUATION)
             files += [root / "dataset" / f"{dataset}.yaml"]
             if self._wants_tuned():
                 files.append(tuned_file(model, dataset))
@@ -213,8 +225,7 @@ class Config(recbole.config.Config):
             self._update_internal_config_dict(file)
         if set(load_col or {}) - {"inter"}:  # RecBole knows that this model needs more than interactions
             self.internal_config_dict["load_col"] = load_col
-        if model in MODELS:
-            self._refuse_unknown_keys()
+        self._refuse_unknown_keys()
 
     def _wants_tuned(self) -> bool:
         return self.external_config_dict.get("tuned", True)
@@ -222,15 +233,25 @@ class Config(recbole.config.Config):
     def _refuse_unknown_keys(self):
         known = set(self.internal_config_dict) | UNLISTED
         known.update(*self.parameters.values())
+        for key, sentence in self.given_twice.items():
+            if key in known:
+                raise UserError(sentence)
         for key in [key for key in self.external_config_dict if key not in known]:
+            if self.model not in MODELS:
+                # RecBole's models may read settings that no property file names.
+                logging.getLogger().warning(
+                    f"{key} stands in no property file of {self.model}: perhaps nothing reads it"
+                )
+                continue
             if key in self.file_config_dict or key in self.variable_config_dict:
-                raise UserError(f"unknown setting {key!r}{suggestion(key, sorted(known))}")
+                raise UserError(f"unknown setting {key!r}{near(key, sorted(known))}")
             # Only in sys.argv: of run_recbole this is refused by the command itself, else it is a script's own flag.
             logging.getLogger().warning(f"--{key} is no setting of this model; it is left to the script")
             del self.external_config_dict[key]
 
     def _get_final_config_dict(self):
         final = super()._get_final_config_dict()
+        final = {key: _native(value) for key, value in final.items()}
         if final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
                 fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
@@ -238,15 +259,48 @@ class Config(recbole.config.Config):
             # RecBole would complete it for a random split, which no sequential model can be evaluated by.
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
+            # Not what a property file says, for it may have been written for another loss.
             if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.
             final.setdefault("time_order", "exact")
             final.setdefault("cuda_graphs", "auto")
+        if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
+            final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
+        self._check(final)
         self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
+        if not final["use_gpu"]:
+            final["gpu_id"] = ""  # by which alone RecBole chooses the device
         return final
+
+    def _check(self, final: dict[str, Any]) -> None:
+        """Hold the settings to the schema, before anything is loaded by them."""
+        if self.model not in MODELS and final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
+            raise UserError(
+                f"{self.model} cannot be trained on whole histories (train_mode: sequence): of RecBole's models "
+                f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
+            )
+        sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        own_trainer = get_trainer(final["MODEL_TYPE"], self.model) is not recbole.trainer.Trainer
+        self.schema = schema_of(self.model, self.model in MODELS, sequential, own_trainer)
+        self._refuse_unread(self._asked_for())
+        check(self.schema, final)
+
+    def _asked_for(self) -> dict[str, Any]:
+        return self.external_config_dict
+
+    def _refuse_unread(self, given: dict[str, Any]) -> None:
+        """Refuse settings that nobody would look at."""
+        for key in unread(self.schema, given):
+            if key not in self.internal_config_dict:
+                raise UserError(f"{self.model} reads no {key}: leave it out.")
+        # Each makes columns, which only a model reads that was written for them.
+        made = self.internal_config_dict["transform"]
+        if given.get("transform", made) != made and self.model in list_models():
+            wanted = f"transform {made} alone" if made else "no transform"
+            raise UserError(f"transform is {given['transform']!r}, but {self.model} reads {wanted}: leave it out.")
 
     def _init_device(self):
         """As RecBole's for one process; one of several joins the others, on a CPU as well."""
@@ -275,67 +329,8 @@ class Config(recbole.config.Config):
     def _set_default_parameters(self):
         super()._set_default_parameters()
         final = self.final_config_dict
-        metric, _, k = final["valid_metric"].lower().partition("@")
-        cut = final["eval_type"] == EvaluatorType.RANKING and metric != "gauc"
-        if metric not in {name.lower() for name in final["metrics"]} or k not in (
-            map(str, final["topk"]) if cut else [""]
-        ):
-            raise UserError(
-                f"valid_metric {final['valid_metric']} is not among the metrics {final['metrics']} at {final['topk']}: "
-                "set --valid_metric to one that is."
-            )
-        choices: dict[str, tuple[str | None, ...]] = {
-            "train_mode": TRAIN_MODES, "time_order": TIME_ORDERS, "lr_scheduler_type": LR_SCHEDULERS,
-            "cuda_graphs": CUDA_GRAPHS, "rm_dup_inter": (None, "first", "last"),
-        }  # fmt: skip
-        if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
-            final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
-        if self.model == "KD_DAGFM":
-            choices["teacher"] = ("CrossNet", "CIN")  # which RecBole evaluates as Python
-        if self.model in MODELS:
-            choices |= {"loss_type": LOSS_TYPES, "ssm_backend": BACKENDS, "moe_level": ("sequence", "position")}
-        for key, values in choices.items():
-            if key in final and final[key] not in values:
-                raise UserError(
-                    f"{key} is {final[key]!r}: choose one of {', '.join(value or '~' for value in values)}."
-                )
-        if final["save_dataloaders"] or final["dataloaders_save_path"]:
-            raise UserError(
-                "loaders are made anew each time, for saved ones are pickles, which could run code: leave "
-                "save_dataloaders and dataloaders_save_path out; save_dataset saves most of the time."
-            )
-        if self.model not in MODELS and final.get("use_time_gaps"):
-            raise UserError(f"{self.model} reads no time gaps: leave use_time_gaps out.")
-        if not 0 <= (final.get("warmup_ratio") or 0) < 1:
-            raise UserError(f"warmup_ratio is {final['warmup_ratio']}: choose a number from 0 to below 1.")
-        if self.model not in MODELS:
-            if final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
-                raise UserError(
-                    f"{self.model} cannot be trained on whole histories (train_mode: sequence): of RecBole's models "
-                    f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
-                )
-            return
-        if final["loss_type"] != "CE":
+        if self.model in MODELS and final["loss_type"] != "CE":
             final["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
-        if final["loss_type"] == "SampledSoftmax" and final["train_neg_sample_args"]["distribution"] != "uniform":
-            raise UserError(
-                "loss_type SampledSoftmax corrects for negatives drawn uniformly: set the distribution of "
-                f"train_neg_sample_args ({final['train_neg_sample_args']['distribution']}) to uniform."
-            )
-        if not 0 <= final["gbce_t"] <= 1:
-            raise UserError(f"gbce_t is {final['gbce_t']}: choose a number from 0 to 1.")
-        if not 0 <= final["label_smoothing"] < 1 or (final["label_smoothing"] and final["loss_type"] != "CE"):
-            raise UserError(
-                f"label_smoothing is {final['label_smoothing']} with loss_type {final['loss_type']}: choose a number "
-                "from 0 to below 1, and 0 for other losses than CE."
-            )
-        if final["temperature"] is not None and final["temperature"] <= 0:
-            raise UserError(f"temperature is {final['temperature']}: choose a positive number, or ~ for none.")
-        if final["train_mode"] == "sequence" and final.get("bidirectional") and final["num_layers"] > 1:
-            raise UserError(
-                f"{self.model} with several layers that read both ways cannot learn from every position at once: "
-                "set num_layers: 1, bidirectional: False or train_mode: prefix."
-            )
 
 
 class _SettingsConfig(Config):
@@ -344,11 +339,18 @@ class _SettingsConfig(Config):
 
 
 class _RebuiltConfig(_SettingsConfig):
+    def _refuse_unknown_keys(self):
+        if self.model in MODELS:
+            super()._refuse_unknown_keys()
+
     def _wants_tuned(self):
         return False  # what a file says now may not be what the run was started with
 
     def _load_variable_config_dict(self, config_dict):
         return config_dict
+
+    def _asked_for(self):
+        return {}  # what a run was started with is as it was, but for what rebuild changes
 
 
 def _literal(text: str):
@@ -374,9 +376,9 @@ def read_settings(file: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, 
         raise UserError(f"config file {file} not found.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"config file {file} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict | None):
+    if not isinstance(content, dict | None) or not all(isinstance(key, str) for key in content or {}):
         raise UserError(f"config file {file} should hold lines of key: value.")
     return content or {}
 
@@ -402,6 +404,17 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
+def _native(value):
+    """``value`` with NumPy's numbers and with paths as what they stand for."""
+    if isinstance(value, dict):
+        return {key: _native(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_native(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
 def _plain(value):
     """``value`` as built of Python's own types, which a checkpoint can hold safely."""
     if isinstance(value, dict):
@@ -411,10 +424,3 @@ def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def suggestion(word: str, known: list[str]) -> str:
-    """How a sentence about an unknown word ends: with the known one next to it, where there is one."""
-    folded = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), folded, n=1)
-    return f", did you mean {folded[near[0]]!r}?" if near else "."

@@ -14,8 +14,6 @@ from torch import Tensor
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
 
-CUDA_GRAPHS = ("auto", "on", "off")
-
 # Plain steps of each shape before its graph is captured: autotune and the optimizer's first step do not belong in it.
 WARM_UP_STEPS = 2
 # Each keeps its activations. A batch of yet another shape takes plain steps.

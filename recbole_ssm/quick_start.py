@@ -253,7 +253,7 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config
         raise UserError(f"{model_file} does not say what it was trained with; give it to RecBole's own functions.")
     if not is_plain(given):
         raise UserError(f"{model_file} holds settings that are no words and numbers: {REMEDY}")
-    with _settings_of(model_file):
+    with _settings_of(model_file, name=True):
         config = Config.rebuild(given, {"checkpoint_dir": str(Path(model_file).parent), **(settings or {})})
     if "vocabulary" in state:
         expect(model_file, state, vocabulary=dict, data=dict)
@@ -262,12 +262,19 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config
 
 
 @contextmanager
-def _settings_of(file: str) -> Iterator[None]:
-    """Say of a checkpoint's file what its settings, which may be anybody's, bring about."""
+def _settings_of(file: str, name: bool = False) -> Iterator[None]:
+    """Say of a checkpoint's file what its settings, which may be anybody's, bring about.
+
+    Args:
+        file: the file.
+        name: whether sentences about settings are to name it, too.
+    """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(f"{file}: {error}") from error
     except Exception as error:
         logging.getLogger().debug("", exc_info=error)
         raise UserError(

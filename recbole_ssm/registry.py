@@ -15,7 +15,8 @@ import recbole.trainer
 import torch
 from recbole.utils import get_model
 
-from recbole_ssm.models.sequence_mode import CAUSAL_MODELS, with_sequence_mode
+from recbole_ssm.models.sequence_mode import with_sequence_mode
+from recbole_ssm.settings import CAUSAL_MODELS
 
 MODELS = {
     "STARRec": "recbole_ssm.models.starrec",

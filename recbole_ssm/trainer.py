@@ -29,8 +29,6 @@ STEPS_PER_CHECK = 32
 
 FUSED_OPTIMIZERS = (optim.Adam, optim.AdamW, optim.SGD)
 
-LR_SCHEDULERS = ("constant", "linear", "cosine")
-
 
 def learning_rate_factor(scheduler: str, warmup_ratio: float, progress: float) -> float:
     """What ``learning_rate`` is multiplied by.
@@ -39,7 +37,7 @@ def learning_rate_factor(scheduler: str, warmup_ratio: float, progress: float) -
     ``cosine`` let it fall to 0 at the run's end.
 
     Args:
-        scheduler: one of :data:`LR_SCHEDULERS`.
+        scheduler: ``constant``, ``linear`` or ``cosine``.
         warmup_ratio: from 0 to 1, exclusively.
         progress: share of the run that is done, from 0 to 1.
     """

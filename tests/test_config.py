@@ -131,11 +131,11 @@ REFUSED = {
     "loaders": ({"save_dataloaders": True}, "leave save_dataloaders"),
     "schedule": ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step': choose one of constant, linear, cosine"),
     "warm-up": ({"warmup_ratio": 1}, "warmup_ratio is 1: choose a number from 0 to below 1"),
-    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing is 1.0 with loss_type CE: choose a number"),
+    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing is 1.0: choose a number from 0 to below 1"),
     "smoothed BPR": ({"label_smoothing": 0.1, "loss_type": "BPR"}, "with loss_type BPR: choose .* and 0 for other"),
     "temperature": ({"temperature": 0}, "temperature is 0: choose a positive number, or ~ for none"),
-    "evaluation": ({"eval_args": "uni100"}, "should be a dict"),
-    "duplicates": ({"rm_dup_inter": "x"}, "rm_dup_inter is 'x': choose one of ~, first, last"),
+    "evaluation": ({"eval_args": "uni100"}, "eval_args is 'uni100': choose a dict such as"),
+    "duplicates": ({"rm_dup_inter": "x"}, "rm_dup_inter is 'x': choose one of first, last, or ~"),
     "negatives with CE": ({"train_neg_sample_args": {"distribution": "uniform"}}, "should be None"),
 }
 

@@ -144,7 +144,7 @@ def test_both_modes_of_training_see_the_same_sampled_loss(loss_type):
 
 @pytest.mark.parametrize("distribution", ["uniform", "popularity"])
 def test_negatives_are_drawn_as_asked_and_never_the_target(distribution):
-    negative = {"distribution": distribution, "sample_num": 200, "alpha": 0.5}
+    negative = {"distribution": distribution, "sample_num": 200, "alpha": 0.5 if distribution == "popularity" else 1}
     _, _, (train_data, _, _) = build("Mamba4Rec", loss_type="BCE", train_neg_sample_args=negative)
     items = train_data._dataset.inter_feat["item_id"].numpy()
     seen = np.zeros(train_data._dataset.item_num)

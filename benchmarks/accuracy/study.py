@@ -1,6 +1,5 @@
 """What is compared and how each model is tuned: ``study.yaml`` as runs, and winners as property files."""
 
-import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import recbole
 import yaml
 
 from benchmarks.accuracy.runs import Spec, Store
-from recbole_ssm.config import properties_dir, tuned_file
+from recbole_ssm.config import tuned_file
+from recbole_ssm.settings.text import meaning
 
 FILE = Path(__file__).with_name("study.yaml")
 
@@ -140,18 +139,6 @@ def write_tuned(file: Path, settings: dict[str, Any], trials: list[dict[str, Any
     ]
     for key, value in settings.items():
         setting = f"{key}: {'~' if value is None else value}"
-        lines.append(f"{setting:<31} {_meaning(best['model'], key)}".rstrip())
+        lines.append(f"{setting:<31} {meaning(best['model'], key)}".rstrip())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n")
-
-
-def _meaning(model: str, key: str) -> str:
-    """The comment that explains a setting in the property files that it stands above."""
-    for folder in (properties_dir(), Path(recbole.__file__).parent / "properties"):
-        for file in (folder / "model" / f"{model}.yaml", folder / "overall.yaml"):
-            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            found = next((line for line in lines if line.startswith(f"{key}:") and "#" in line), None)
-            if found is not None:
-                # Not where the value that stood there came from: this one has another source.
-                return re.sub(r" (Paper|Released)\b.*", "", found[found.index("#") :].strip())
-    return ""

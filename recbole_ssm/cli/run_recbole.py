@@ -8,7 +8,8 @@ from functools import partial
 
 DESCRIPTION = """\
 Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
-Any setting can follow as --key=value, such as --learning_rate=0.0005 --epochs=50 --data_path=my_datasets."""
+Any setting can follow as --key=value, such as --learning_rate=0.0005 --epochs=50 --data_path=my_datasets; all are
+listed at the end."""
 
 EXAMPLES = """\
 examples:
@@ -21,10 +22,12 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's own options; every other ``--key=value`` is a setting of the configuration."""
+    from recbole_ssm.settings.text import help_text
+
     parser = argparse.ArgumentParser(
         prog="run_recbole",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + "\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -61,16 +64,17 @@ def parse_settings(words: list[str]) -> dict[str, str]:
     """``--key=value`` words as a dict.
 
     Raises:
-        UserError: for a word of another form.
+        UserError: for a word of another form, or a setting given twice with two values.
     """
     from recbole_ssm.errors import UserError
 
-    settings = {}
+    settings: dict[str, str] = {}
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not equals:
             raise UserError(f"{word!r} is not of the form --key=value; see run_recbole --help.")
-        settings[key] = value
+        if settings.setdefault(key, value) != value:
+            raise UserError(f"--{key} is given twice, as {settings[key]} and as {value}.")
     return settings
 
 

@@ -84,7 +84,7 @@ def data_preparation(config, dataset):
 
     Raises:
         UserError: for settings that sequence mode cannot follow, a split that leaves nothing to train on, or a
-            catalogue in which there is no negative to draw.
+            catalogue that is smaller than a list to recommend or in which there is no negative to draw.
     """
     _bound_scores(config, dataset)
     try:
@@ -157,10 +157,5 @@ def _check_exclusion(config, dataset) -> None:
 
 
 def _check_sequence_mode(config, dataset) -> None:
-    remedy = "set train_mode: prefix."
     if not isinstance(dataset, SequenceDataset):
-        raise UserError(f"train_mode: sequence needs one .inter file, not benchmark_filename; {remedy}")
-    if config["train_neg_sample_args"]["dynamic"]:
-        raise UserError(f"train_mode: sequence samples no dynamic negatives; {remedy}")
-    if config["transform"]:
-        raise UserError(f"train_mode: sequence applies no transform ({config['transform']}); {remedy}")
+        raise UserError("train_mode: sequence needs one .inter file, not benchmark_filename; set train_mode: prefix.")

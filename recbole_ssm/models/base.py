@@ -17,8 +17,6 @@ from recbole_ssm.layers import Mamba
 from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
 from recbole_ssm.ops.packing import borders
 
-LOSS_TYPES = ("CE", "BCE", "BPR", "gBCE", "SampledSoftmax")
-
 # Rows of one target each are encoded in blocks of about this many items; on a CPU small ones, whose activations (up to
 # 32 MB) the allocator reuses where it would fetch larger ones anew. Up to so many items' activations are kept for the
 # backward pass; of larger batches they are computed again, a block at a time.

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.ops.packing import block_rows, length_blocks, pad, positions, sequence_ids, sequence_lengths
 
-# Models of RecBole whose output at a position depends on that position and those before it alone, which read it by
-# SequentialRecommender.gather_indexes once a pass, and whose loss is a mean over rows.
-CAUSAL_MODELS = ("SASRec", "GRU4Rec")
-
 # Places of a padded block of histories: some tens of MB of a transformer's activations.
 PLACES_PER_BLOCK = 1 << 13
 
@@ -41,7 +37,7 @@ class FusedAttention(MultiHeadAttention):
 
 
 class SequenceMode:
-    """What goes in front of a class of :data:`CAUSAL_MODELS`.
+    """What goes in front of a class of :data:`recbole_ssm.settings.CAUSAL_MODELS`.
 
     Such a model computes its output at every position and keeps the last one. Given a
     :class:`~recbole_ssm.data.batch.SequenceBatch`, all positions that have a target are kept instead, and the model's

@@ -18,7 +18,6 @@ from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, rows, single_rows
 
 MASK_ITEM = 0
-BACKWARD_STREAMS = ("final", "aligned")
 
 
 @lru_cache(maxsize=None)  # never let go: a CUDA graph goes on reading what it was captured with
@@ -104,10 +103,6 @@ class SSD4Rec(PackedRecommender):
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
-        if config["backward_stream"] not in BACKWARD_STREAMS:
-            raise UserError(
-                f"backward_stream is {config['backward_stream']!r}: choose one of {', '.join(BACKWARD_STREAMS)}."
-            )
         self.var_len, self.mask_ratio = config["var_len"], config["mask_ratio"]
         self.bidirectional = config["bidirectional"]
         self.one_pass = self.var_len and (config["num_layers"] == 1 or not self.bidirectional)

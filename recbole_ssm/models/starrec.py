@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
-from recbole_ssm.errors import UserError
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, init_weights
@@ -81,8 +80,6 @@ class STARRec(PackedRecommender):
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
-        if not (config["use_ssm"] or config["use_pma"]):
-            raise UserError("use_ssm and use_pma are both off: STARRec needs at least one of its two paths.")
         dropout_prob = config["dropout_prob"]
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
         self.position_embedding = (
@@ -101,8 +98,6 @@ class STARRec(PackedRecommender):
         )
         self.routes_positions = config["moe_level"] == "position"
         self.fillable = not self.routes_positions  # whose losses count rows, not targets
-        if self.routes_positions and config["train_mode"] == "prefix":
-            raise UserError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
         self._mixed: Mixture | None = None  # with routes_positions, of a training step between encode and loss
         self.apply(init_weights)

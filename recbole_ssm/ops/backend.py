@@ -11,8 +11,7 @@ from torch.backends import cuda
 
 from recbole_ssm.errors import BackendUnavailable
 from recbole_ssm.ops import self_check
-
-BACKENDS = ("auto", "reference", "cpu", "triton", "mamba_ssm")
+from recbole_ssm.settings import BACKENDS
 
 NO_KERNEL = "there is no such kernel; use ssm_backend: auto"
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from recbole.utils import init_logger
 
 from recbole_ssm.cluster import all_gpus_visible, start_ray
-from recbole_ssm.config import Config, suggestion
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.search.space import Parameter, Space, read_space, search_file, space_of
+from recbole_ssm.settings import near
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
@@ -195,9 +196,7 @@ def _space(config: Config, given: Space | dict[str, Any] | str | Path | None) ->
         space = space_of(space)
     for name in space:
         if name not in config:
-            raise UserError(
-                f"{config['model']} has no setting {name!r} to search{suggestion(name, list(config.given))}"
-            )
+            raise UserError(f"{config['model']} has no setting {name!r} to search{near(name, list(config.given))}")
     return space
 
 

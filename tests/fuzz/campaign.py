@@ -1,8 +1,8 @@
 """``python -m tests.fuzz.campaign --kind checkpoint --count 10000``: many changed files, and what becomes of each.
 
 Cases run in batches, each in a process of its own, so that one that dies is counted and named, and the batch goes on
-behind it. A batch is made anew by its ``--seed``; files of what went wrong are kept in ``--folder``. A campaign that was
-ended goes on with what it has left there.
+behind it. A batch is made anew by its ``--seed``; files of what went wrong are kept in ``--folder``, and a campaign
+that was ended goes on with what it has left there.
 """
 
 import argparse

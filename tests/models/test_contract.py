@@ -8,9 +8,10 @@ from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import UserError, run_recbole
 from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
-from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK, LOSS_TYPES
+from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.registry import MODELS
+from recbole_ssm.settings import LOSS_TYPES
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
 

@@ -9,7 +9,8 @@ from recbole.trainer import Trainer
 
 from recbole_ssm import UserError, load_data_and_model, run_recbole
 from recbole_ssm.models import sequence_mode
-from recbole_ssm.models.sequence_mode import CAUSAL_MODELS, SequenceMode
+from recbole_ssm.models.sequence_mode import SequenceMode
+from recbole_ssm.settings import CAUSAL_MODELS
 from recbole_ssm.trainer import get_trainer
 
 from ..conftest import build, random_rows, small_config, write_dataset

@@ -1,0 +1,67 @@
+"""The schema of all settings (:mod:`recbole_ssm.settings.schema`), and settings held to it."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.settings.models import (
+    BACKENDS,
+    CAUSAL_MODELS,
+    FIXED,
+    LOSS_TYPES,
+    SCHEMAS,
+    Ours,
+    Recboles,
+    RecbolesSequential,
+)
+from recbole_ssm.settings.schema import Common, Sequential, near
+from recbole_ssm.settings.text import sentence
+
+__all__ = ["BACKENDS", "CAUSAL_MODELS", "FIXED", "LOSS_TYPES", "SCHEMAS", "check", "near", "schema_of", "unread"]
+
+# Of our settings, values that ask a model which does not read them for nothing.
+NEUTRAL = {
+    "train_mode": ("prefix",), "time_order": ("float32",), "lr_scheduler_type": ("constant",), "warmup_ratio": (0,),
+    "cuda_graphs": ("auto", "off"), "exclude_history": (False,), "temperature": (None,), "label_smoothing": (0,),
+    "use_time_gaps": (False,), "gbce_t": (), "ssm_backend": ("auto",),
+}  # fmt: skip
+
+
+def schema_of(model: str, ours: bool, sequential: bool, own_trainer: bool) -> type[Common]:
+    """The settings that a model reads, but for those of RecBole's models that their property files alone know of.
+
+    Args:
+        model: its name.
+        ours: whether it is one of this package's, or registered beside them.
+        sequential: whether it is a sequential model.
+        own_trainer: whether it is trained by another class than RecBole's ``Trainer``.
+    """
+    if model in SCHEMAS:
+        return SCHEMAS[model]
+    if ours:
+        return Ours
+    if own_trainer:
+        return Sequential if sequential else Common
+    return RecbolesSequential if sequential else Recboles
+
+
+def check(schema: type[Common], settings: dict[str, Any]) -> None:
+    """Hold settings to a schema; those that it does not know are not looked at.
+
+    Raises:
+        UserError: for a value that a setting cannot have, or settings that exclude each other.
+    """
+    known = {key: value for key, value in settings.items() if key in schema.model_fields}
+    try:
+        schema.model_validate(known)
+    except ValidationError as error:
+        raise UserError(sentence(schema, known, error)) from None
+
+
+def unread(schema: type[Common], given: dict[str, Any]) -> list[str]:
+    """Which of the settings that our models share are given to a model that reads none of them."""
+    return [
+        key for key, neutral in NEUTRAL.items()
+        if key in given and key not in schema.model_fields and given[key] not in neutral
+    ]  # fmt: skip

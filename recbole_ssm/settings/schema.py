@@ -1,0 +1,386 @@
+"""RecBole's common settings: type, bounds, choices, default and meaning; what depends on several is in validators.
+
+Those of our models are in :mod:`recbole_ssm.settings.models`. The class that a setting stands in says which models read
+it. Our property files, ``--help`` and the tables of docs/configuration.md are written from these classes
+(:mod:`recbole_ssm.settings.text`).
+"""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+UNSUPPORTED = "Not supported."
+
+# What fits the integers of the libraries below.
+MOST = 2**31 - 1
+
+# RecBole's metrics of a ranked list's first k, of a whole list, and of single scores.
+TOP_METRICS = (
+    "Recall", "MRR", "NDCG", "Hit", "Precision", "MAP", "ItemCoverage", "AveragePopularity", "GiniIndex",
+    "ShannonEntropy", "TailPercentage",
+)  # fmt: skip
+LIST_METRICS = ("GAUC",)
+SCORE_METRICS = ("AUC", "LogLoss", "MAE", "RMSE")
+
+
+def setting(
+    default: Any, meaning: str, source: str = "", *, section: str = "", allowed: str = "", fixed: bool = False, **bounds
+) -> Any:
+    """A setting of a class below.
+
+    Args:
+        default: its value where none is given.
+        meaning: what it is, a sentence or two.
+        source: where our default comes from.
+        section: title of the settings from here on.
+        allowed: how its values are named where its type and ``bounds`` do not say it, as the end of "choose ...".
+        fixed: whether it decides what a trained model computes, so that it cannot be changed afterwards.
+        bounds: pydantic's, such as ``ge``, ``gt``, ``le`` and ``lt``.
+    """
+    extra: Any = {"source": source, "section": section, "allowed": allowed, "fixed": fixed}
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _none(value: Any) -> Any:
+    return None if value == "None" else value  # a word that RecBole understands
+
+
+def near(word: Any, known: list[str]) -> str:
+    """How a sentence about an unknown word ends: with the known one next to it, where there is one."""
+    folded = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(word).lower(), folded, n=1)
+    return f", did you mean {folded[found[0]]!r}?" if found else "."
+
+
+Whole = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class _Strict(BaseModel):
+    """Takes values as they are: no text for a number, no number for a truth value, no NaN, no unknown key."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Split(_Strict):
+    """``split`` of ``eval_args``."""
+
+    RS: list[float] | None = setting(None, "Shares of training, validation and test.")
+    LS: Literal["valid_and_test", "valid_only", "test_only"] | None = setting(None, "What is left out of a history.")
+
+    @model_validator(mode="after")
+    def _is_one(self):
+        if (self.RS is None) == (self.LS is None):
+            raise ValueError("split of eval_args should be either {'RS': [0.8, 0.1, 0.1]} or {'LS': 'valid_and_test'}.")
+        if self.RS is not None and (len(self.RS) != 3 or min(self.RS) < 0 or self.RS[0] <= 0):
+            raise ValueError(
+                f"RS in split of eval_args is {self.RS}: give the shares of training, validation and test, three "
+                "numbers none of which is negative, and the first of which is not 0."
+            )
+        return self
+
+
+def _check_mode(mode: Any) -> Any:
+    if not isinstance(mode, str) or not re.fullmatch(r"full|labeled|(uni|pop)[1-9]\d{0,8}", mode):
+        raise ValueError(
+            f"mode of eval_args is {mode!r}: choose full, uniN or popN (N sampled items, such as uni100), or labeled."
+        )
+    return mode
+
+
+class EvalArgs(_Strict):
+    """``eval_args``."""
+
+    split: Split = setting(
+        Split(RS=[0.8, 0.1, 0.1]),
+        "How interactions are split.",
+        allowed="{'RS': [0.8, 0.1, 0.1]} or {'LS': 'valid_and_test'}",
+    )
+    group_by: Literal["user", "none", "None"] | None = setting("user", "Whether each user's are split.")
+    order: Literal["TO", "RO"] = setting("RO", "By time or random.")
+    mode: Any = setting("full", "Which items are ranked.")
+
+    @field_validator("mode", mode="after")
+    @classmethod
+    def _mode(cls, mode: Any) -> Any:
+        if not isinstance(mode, dict):
+            return _check_mode(mode)
+        if not mode or set(mode) - {"valid", "test"}:
+            raise ValueError(f"mode of eval_args is {mode}: choose one for 'valid' and one for 'test'.")
+        return {phase: _check_mode(value) for phase, value in mode.items()}
+
+    @model_validator(mode="after")
+    def _groups(self):
+        if self.split.LS and self.group_by != "user":
+            raise ValueError(
+                f"group_by of eval_args is {self.group_by}, which goes with a split by RS: LS takes each user's last."
+            )
+        return self
+
+    def modes(self) -> set[str]:
+        """The modes of both phases."""
+        return set(self.mode.values()) if isinstance(self.mode, dict) else {self.mode}
+
+
+class NegativeSampling(_Strict):
+    """``train_neg_sample_args``."""
+
+    distribution: Literal["uniform", "popularity", "none", "None"] | None = setting(
+        "uniform", "Of the negative items.", allowed="uniform, popularity or none"
+    )
+    sample_num: Whole | Literal["none"] = setting(1, "Negatives of a target.", allowed="a whole number from 1")
+    alpha: float | Literal["none"] = setting(1.0, "Power of the popularity.", allowed="a number")
+    dynamic: bool = setting(False, "Whether the hardest of several candidates are taken.")
+    candidate_num: Count = setting(0, "How many candidates.")
+
+    @model_validator(mode="after")
+    def _candidates(self):
+        if self.dynamic != bool(self.candidate_num):
+            raise ValueError(
+                f"candidate_num of train_neg_sample_args is {self.candidate_num} with dynamic: {self.dynamic}: dynamic "
+                "sampling needs candidates, and nothing else reads them."
+            )
+        if self.distribution == "uniform" and self.alpha != 1:
+            raise ValueError(
+                f"alpha of train_neg_sample_args is {self.alpha} with distribution uniform: popularity alone reads it."
+            )
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are negatives at all."""
+        return self.distribution not in (None, "none", "None")
+
+
+class ClipGradNorm(_Strict):
+    """``clip_grad_norm``."""
+
+    max_norm: float = setting(..., "Largest norm.", gt=0)
+    norm_type: float = setting(2, "Which norm.", gt=0, allow_inf_nan=True)
+    error_if_nonfinite: bool = setting(False, "Whether gradients that are no numbers end the run.")
+
+
+def _check_intervals(value: Any, info: ValidationInfo) -> Any:
+    from recbole_ssm.data.filters import INTERVAL  # which brings RecBole's datasets along
+
+    found = [INTERVAL.fullmatch(part) for part in value.split(";")] if isinstance(value, str) else [None]
+    if value is not None and not all(match and float(match[2]) <= float(match[3]) for match in found):
+        raise ValueError(
+            f"{info.field_name} has {value!r}, which is no interval: write it as '[5,inf)' or '[5,20]', several as "
+            "'[5,20];[30,40)'."
+        )
+    return value
+
+
+class Common(_Strict):
+    """Settings of RecBole that all models read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    gpu_id: str | int | tuple[int, ...] = setting(
+        "0",
+        "Numbers of the GPUs, separated by commas; the CPU where it is empty.",
+        section="Environment",
+        allowed="numbers such as 0 or 0,1",
+    )
+    use_gpu: bool = setting(True, "Whether to use a GPU where there is one.")
+    worker: int = setting(0, "Processes that load batches, beside the one that trains.", ge=0, le=1024)
+    seed: int = setting(2020, "Of all random numbers.", ge=0, lt=2**32)
+    state: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = setting(
+        "INFO", "From which level on the log is written."
+    )
+    reproducibility: bool = setting(True, "Whether torch takes deterministic algorithms alone.")
+    data_path: str = setting("dataset/", "Folder that holds a folder of each dataset.")
+    checkpoint_dir: str = setting("saved", "Folder of checkpoints.")
+    show_progress: bool = setting(True, "Whether each epoch has a progress bar.")
+    save_dataset: bool = setting(False, "Whether to keep the filtered dataset in checkpoint_dir.")
+    dataset_save_path: str | None = setting(None, "File of a filtered dataset to start from.")
+    save_dataloaders: Literal[False] = setting(
+        False, UNSUPPORTED,
+        allowed="False, for saved loaders are pickles, which could run code: leave save_dataloaders out; save_dataset "
+        "saves most of the time",
+    )  # fmt: skip
+    dataloaders_save_path: None = setting(
+        None, UNSUPPORTED, allowed="~, for saved loaders are pickles, which could run code: leave it out"
+    )
+    tuned: bool = setting(
+        True, "Whether a sequential model takes what tuning found for it and the dataset, if anything."
+    )
+    log_wandb: bool = setting(False, "Whether to report to Weights & Biases.")
+    wandb_project: str = setting("recbole", "Project there.")
+    shuffle: bool = setting(True, "Whether training data are drawn in a new order each epoch.")
+
+    epochs: Whole = setting(300, "Training epochs, at most.", section="Training")
+    train_batch_size: Whole = setting(2048, "Targets a step.")
+    learner: Annotated[Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"], BeforeValidator(_lower)] = setting(
+        "adam", "The optimizer."
+    )
+    learning_rate: float = setting(0.001, "Learning rate.", gt=0)
+    train_neg_sample_args: Annotated[NegativeSampling | None, BeforeValidator(_none)] = setting(
+        NegativeSampling(), "Negatives of a training target, for losses that sample.",
+        allowed="a dict such as {'distribution': 'uniform', 'sample_num': 1}, or ~ for none",
+    )  # fmt: skip
+    eval_step: Count = setting(1, "Epochs from one evaluation on the validation set to the next; 0 for none.")
+    stopping_step: Count = setting(10, "Evaluations without a better one after which training stops.")
+    clip_grad_norm: ClipGradNorm | None = setting(
+        None, "Arguments of torch's clip_grad_norm_.", allowed="a dict such as {'max_norm': 5}, or ~ for none"
+    )
+    weight_decay: float = setting(0.0, "L2 penalty; with adamw the decay of weights.", ge=0)
+    loss_decimal_place: int = setting(4, "Decimals of the loss in the log.", ge=0, le=20)
+    require_pow: bool = setting(False, "Whether RecBole's embedding loss takes powers.")
+    enable_amp: bool = setting(False, "Whether to train in half precision.")
+    enable_scaler: bool = setting(False, "Whether gradients are scaled with it.")
+    transform: Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"] | None = (
+        setting(None, "What is made of each batch; for the models whose property file names one.")
+    )
+
+    eval_args: EvalArgs = setting(
+        EvalArgs(),
+        "How data are split and which items are ranked; a part of it changes that part alone. Sequential models take "
+        "each user's last two interactions, {'split': {'LS': 'valid_and_test'}, 'order': 'TO', 'mode': 'full'}.",
+        section="Evaluation",
+        allowed="a dict such as {'split': {'LS': 'valid_and_test'}, 'order': 'TO', 'mode': 'full'}",
+    )
+    repeatable: bool = setting(False, "Whether items of the history are ranked too; always so for sequential models.")
+    metrics: list[str] | str = setting(
+        ["Recall", "MRR", "NDCG", "Hit", "Precision"], "What is measured.", allowed="a list of metrics"
+    )
+    topk: list[Whole] | Whole = setting(
+        [10], "How many of a ranked list count.", allowed="a whole number from 1, or a list of such numbers"
+    )
+    valid_metric: str = setting("MRR@10", "By which the best epoch is chosen and training stops.")
+    valid_metric_bigger: bool = setting(True, "Whether more of it is better; RecBole sets it by the metric.")
+    eval_batch_size: Whole = setting(4096, "Rows, or scores of sampled items, of an evaluation's batch.")
+    metric_decimal_place: int = setting(4, "Decimals of results.", ge=0, le=20)
+
+    field_separator: str = setting("\t", "Between columns of atomic files.", section="Data")
+    seq_separator: str = setting(" ", "Inside a column of sequences.")
+    encoding: str | None = setting("utf-8", "Of atomic files.")
+    USER_ID_FIELD: str = setting("user_id", "Name of the column of users.")
+    ITEM_ID_FIELD: str = setting("item_id", "Name of the column of items.")
+    RATING_FIELD: str = setting("rating", "Name of the column of ratings.")
+    TIME_FIELD: str = setting("timestamp", "Name of the column of times.")
+    LABEL_FIELD: str = setting("label", "Name of the column of labels.")
+    seq_len: dict[str, Whole] | None = setting(
+        None,
+        "Most entries that are read of columns of sequences.",
+        allowed="a dict {'a column': a whole number}, or ~ for none",
+    )
+    threshold: dict | None = setting(None, "Column and value from which on an interaction has label 1.")
+    NEG_PREFIX: str = setting("neg_", "Of the names of negatives' columns.")
+    numerical_features: list[str] | None = setting([], "Columns of numbers that are embedded.")
+    load_col: dict | None = setting(
+        {"inter": ["user_id", "item_id"]},
+        "Columns that are read, by the file's suffix; all where empty. Sequential models take TIME_FIELD, too.",
+        allowed="a dict such as {'inter': ['user_id', 'item_id', 'timestamp']}, or ~ for all",
+    )
+    unload_col: dict | None = setting(None, "Columns that are not read, by the file's suffix.")
+    unused_col: dict | None = setting(None, "Columns that are read and dropped after filtering, by the file's suffix.")
+    additional_feat_suffix: list[str] | str | None = setting(None, "Suffixes of more files to read.")
+    rm_dup_inter: Literal["first", "last"] | None = setting(
+        None, "Which of several interactions of a user with an item stays."
+    )
+    val_interval: dict[str, Any] | None = setting(
+        None, "Values of columns that stay.", allowed="{'a column': 'an interval, or a list of tokens'}, or ~ for none"
+    )
+    filter_inter_by_user_or_item: bool = setting(True, "Whether interactions of left-out users or items are left out.")
+    user_inter_num_interval: str | None = setting("[0,inf)", "How many interactions a user must have to stay.")
+    item_inter_num_interval: str | None = setting("[0,inf)", "How many interactions an item must have to stay.")
+    alias_of_user_id: list[str] | str | None = setting(None, "Columns numbered as users.")
+    alias_of_item_id: list[str] | str | None = setting(None, "Columns numbered as items.")
+    alias_of_entity_id: list[str] | str | None = setting(None, "Columns numbered as entities.")
+    alias_of_relation_id: list[str] | str | None = setting(None, "Columns numbered as relations.")
+    preload_weight: dict | None = setting(None, "Columns of ids, with those of their vectors.")
+    normalize_field: list[str] | None = setting(None, "Columns of numbers that are normalised.")
+    normalize_all: bool | None = setting(None, "Whether all columns of numbers are normalised.")
+    discretization: dict | None = setting(None, "How columns of numbers are made discrete.")
+    ITEM_LIST_LENGTH_FIELD: str = setting("item_length", "Name of the column of histories' lengths.")
+    LIST_SUFFIX: str = setting("_list", "Of the names of histories' columns.")
+    MAX_ITEM_LIST_LENGTH: int = setting(50, "Most items of a history that a model reads.", ge=1, le=2**20)
+    POSITION_FIELD: str = setting("position_id", "Name of the column of positions.")
+    benchmark_filename: list[str] | None = setting(
+        None, "Suffixes of files that are split beforehand, for training, validation and test."
+    )
+
+    _interval = field_validator("user_inter_num_interval", "item_inter_num_interval", mode="before")(_check_intervals)
+
+    @field_validator("metrics", mode="after")
+    @classmethod
+    def _metrics(cls, metrics: list[str] | str) -> list[str] | str:
+        known = [*TOP_METRICS, *LIST_METRICS, *SCORE_METRICS]
+        names = [metrics] if isinstance(metrics, str) else metrics
+        for name in names:
+            if name.lower() not in map(str.lower, known):
+                raise ValueError(f"there is no metric named {name!r}: choose among {', '.join(known)}.")
+        if not names or len({_holds(name, SCORE_METRICS) for name in names}) > 1:
+            raise ValueError(
+                f"metrics is {names}: choose at least one, and either of rankings "
+                f"({', '.join(TOP_METRICS + LIST_METRICS)}) or of single scores ({', '.join(SCORE_METRICS)})."
+            )
+        return metrics
+
+    @field_validator("topk", mode="after")
+    @classmethod
+    def _topk(cls, topk: list[int] | int) -> list[int] | int:
+        if topk == []:
+            raise ValueError("topk is []: choose a whole number from 1, or a list of such numbers.")
+        return topk
+
+    @model_validator(mode="after")
+    def _evaluation(self):
+        metrics = [self.metrics] if isinstance(self.metrics, str) else self.metrics
+        topk = [self.topk] if isinstance(self.topk, int) else self.topk
+        results = [name if not _holds(name, TOP_METRICS) else f"{name}@{k}" for name in metrics for k in topk]
+        if self.valid_metric.lower() not in map(str.lower, results):
+            raise ValueError(
+                f"valid_metric {self.valid_metric} is not among the metrics {metrics} at {topk}: set --valid_metric to "
+                f"one of {', '.join(dict.fromkeys(results))}."
+            )
+        of_scores, modes = _holds(metrics[0], SCORE_METRICS), self.eval_args.modes()
+        if of_scores and "full" in modes:
+            raise ValueError(
+                f"{metrics[0]} is of labelled or sampled items: set the mode of eval_args to labeled, or to uniN or "
+                "popN."
+            )
+        if not of_scores and "labeled" in modes:
+            raise ValueError(
+                f"{metrics[0]} is of rankings, and mode labeled of eval_args ranks nothing: choose full, uniN or popN."
+            )
+        return self
+
+
+def _holds(name: str, names: tuple[str, ...]) -> bool:
+    return name.lower() in map(str.lower, names)
+
+
+class Sequential(Common):
+    """What is asked of sequential models of RecBole, too."""
+
+    loss_type: str | None = setting(None, "The loss.")
+
+    @model_validator(mode="after")
+    def _sequential(self):
+        if self.eval_args.order != "TO":
+            raise ValueError(
+                f"order of eval_args is {self.eval_args.order}: sequential models need TO, the order of time."
+            )
+        if not self.repeatable:
+            raise ValueError("repeatable is False: sequential models rank items of the history too, set it to True.")
+        draws = self.train_neg_sample_args is not None and self.train_neg_sample_args.draws
+        if self.loss_type == "CE" and draws:
+            raise ValueError(
+                "train_neg_sample_args should be None with loss_type CE, which samples nothing: leave it out."
+            )
+        if self.loss_type in ("BCE", "BPR", "gBCE", "SampledSoftmax") and not draws:
+            raise ValueError(
+                f"loss_type {self.loss_type} needs negatives: leave train_neg_sample_args out, or give it a "
+                "distribution."
+            )
+        return self

@@ -1,0 +1,48 @@
+"""Property files, docs and ``--help`` say what the schema says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recbole_ssm.cli.run_recbole import build_parser
+from recbole_ssm.config import properties_dir
+from recbole_ssm.settings.models import OUR_MODELS
+from recbole_ssm.settings.text import TABLES, property_files, shared, with_tables
+
+REMEDY = "run python -m recbole_ssm.settings, which writes it from the schema"
+FILES = property_files(properties_dir())
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_property_files(file):
+    assert file.read_text(encoding="utf-8") == FILES[file], REMEDY
+
+
+def test_every_property_file_is_held_to_the_schema():
+    assert set(FILES) == set(properties_dir().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_shipped_setting_is_in_the_schema(file):
+    """So that none of their comments is left as somebody wrote it."""
+    known = {name for schema, _ in TABLES.values() for name in schema.model_fields}
+    assert set(yaml.safe_load(file.read_text(encoding="utf-8"))) <= known
+
+
+def test_docs():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), REMEDY
+    assert set(re.findall(r"<!-- (.+) settings -->", page)) == set(TABLES)
+    for name in (*shared(), *OUR_MODELS["STARRec"].__annotations__, "eval_args"):
+        assert f"\n| `{name}` | `" in page
+
+
+def test_help():
+    words = build_parser().format_help()
+    for _, names in TABLES.values():
+        for name in names:
+            assert f"\n  --{name}=" in words
+    assert "--d_conv=4\n      Local convolution width. Values: a whole number from 1 to 8." in words
