@@ -273,16 +273,16 @@ class Common(_Strict):
         "Most entries that are read of columns of sequences.",
         allowed="a dict {'a column': a whole number}, or ~ for none",
     )
-    threshold: dict | None = setting(None, "Column and value from which on an interaction has label 1.")
+    threshold: dict[str, float] | None = setting(None, "Column and value from which on an interaction has label 1.")
     NEG_PREFIX: str = setting("neg_", "Of the names of negatives' columns.")
     numerical_features: list[str] | None = setting([], "Columns of numbers that are embedded.")
-    load_col: dict | None = setting(
+    load_col: dict[str, list[str] | Literal["*"]] | None = setting(
         {"inter": ["user_id", "item_id"]},
         "Columns that are read, by the file's suffix; all where empty. Sequential models take TIME_FIELD, too.",
         allowed="a dict such as {'inter': ['user_id', 'item_id', 'timestamp']}, or ~ for all",
     )
-    unload_col: dict | None = setting(None, "Columns that are not read, by the file's suffix.")
-    unused_col: dict | None = setting(None, "Columns that are read and dropped after filtering, by the file's suffix.")
+    unload_col: dict[str, list[str]] | None = setting(None, "Columns that are not read, by the file's suffix.")
+    unused_col: dict[str, list[str]] | None = setting(None, "Columns that are read and dropped after filtering, by the file's suffix.")
     additional_feat_suffix: list[str] | str | None = setting(None, "Suffixes of more files to read.")
     rm_dup_inter: Literal["first", "last"] | None = setting(
         None, "Which of several interactions of a user with an item stays."
@@ -297,10 +297,10 @@ class Common(_Strict):
     alias_of_item_id: list[str] | str | None = setting(None, "Columns numbered as items.")
     alias_of_entity_id: list[str] | str | None = setting(None, "Columns numbered as entities.")
     alias_of_relation_id: list[str] | str | None = setting(None, "Columns numbered as relations.")
-    preload_weight: dict | None = setting(None, "Columns of ids, with those of their vectors.")
+    preload_weight: dict[str, str] | None = setting(None, "Columns of ids, with those of their vectors.")
     normalize_field: list[str] | None = setting(None, "Columns of numbers that are normalised.")
     normalize_all: bool | None = setting(None, "Whether all columns of numbers are normalised.")
-    discretization: dict | None = setting(None, "How columns of numbers are made discrete.")
+    discretization: dict[str, dict] | None = setting(None, "How columns of numbers are made discrete.")
     ITEM_LIST_LENGTH_FIELD: str = setting("item_length", "Name of the column of histories' lengths.")
     LIST_SUFFIX: str = setting("_list", "Of the names of histories' columns.")
     MAX_ITEM_LIST_LENGTH: int = setting(50, "Most items of a history that a model reads.", ge=1, le=2**20)
