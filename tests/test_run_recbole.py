@@ -105,9 +105,9 @@ SAID = {
     "no cluster": (["--address=auto"], "--address is that of a Ray cluster: add --engine ray."),
     "heads": (
         ["--n_heads=7"],
-        "STARRec cannot be built with these settings: n_heads 7 does not divide hidden_size 64.",
+        "n_heads 7 does not divide hidden_size 64: choose one that does.",
     ),
-    "window": (["--attention_window=0"], "attention_window is 0, but at least the position itself must be seen."),
+    "window": (["--attention_window=0"], "attention_window is 0: choose a whole number from 1"),
     "backend": (
         ["-m", "SSD4Rec", "--ssm_backend=mamba_ssm", *QUICK],
         "the mamba_ssm backend of causal_conv cannot run here: causal_conv1d is not installed; run: pip install",

@@ -282,7 +282,9 @@ class Common(_Strict):
         allowed="a dict such as {'inter': ['user_id', 'item_id', 'timestamp']}, or ~ for all",
     )
     unload_col: dict[str, list[str]] | None = setting(None, "Columns that are not read, by the file's suffix.")
-    unused_col: dict[str, list[str]] | None = setting(None, "Columns that are read and dropped after filtering, by the file's suffix.")
+    unused_col: dict[str, list[str]] | None = setting(
+        None, "Columns that are read and dropped after filtering, by the file's suffix."
+    )
     additional_feat_suffix: list[str] | str | None = setting(None, "Suffixes of more files to read.")
     rm_dup_inter: Literal["first", "last"] | None = setting(
         None, "Which of several interactions of a user with an item stays."

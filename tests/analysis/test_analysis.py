@@ -62,7 +62,7 @@ def test_history_excluded_is_what_a_loop_over_users_gives():
     ("model", "settings", "message"),
     [
         ("Mamba4Rec", {"eval_args": {"mode": "uni10"}}, "leave the mode of eval_args at full"),
-        ("SASRec", {}, "exclude_history needs whole histories, which SASRec does not load"),
+        ("SASRec", {}, "exclude_history needs whole histories"),
     ],
 )
 def test_history_that_cannot_be_excluded(model, settings, message):

@@ -66,11 +66,11 @@ def test_a_search_ends_with_its_best_and_names_what_failed(local_ray, capsys, mo
     assert sorted(table["status"]) == ["failed", "failed", "finished", "finished"]
     failed = table[table["status"] == "failed"]
     assert set(failed["dropout_prob"]) == {7.0}
-    assert all("dropout probability has to be between 0 and 1" in reason for reason in failed["reason"])
+    assert all("dropout_prob is 7.0: choose a number" in reason for reason in failed["reason"])
     assert table["best_valid_score"][0] == table["best_valid_score"].max() == winner["best_valid_score"]
     assert winner["params"] == {"learning_rate": 0.03, "dropout_prob": 0.1}
     told = capsys.readouterr().out
-    assert "failed: UserError: STARRec cannot be built with these settings" in told
+    assert "failed: UserError: dropout_prob is 7.0" in told
     assert {f"({done} of 4 done)" for done in (1, 2, 3, 4)} == set(re.findall(r"\(.* done\)", told))
     assert "epoch 3: valid MRR@10" in told or "epoch 3: valid NDCG@10" in told
     assert (folder / "trials.html").stat().st_size > 1_000_000
