@@ -257,6 +257,8 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config
         config = Config.rebuild(given, {"checkpoint_dir": str(Path(model_file).parent), **(settings or {})})
     if "vocabulary" in state:
         expect(model_file, state, vocabulary=dict, data=dict)
+        if not all(isinstance(word, str) for pair in state["vocabulary"].items() for word in pair):
+            raise UserError(f"{model_file} holds a vocabulary that is no words: {REMEDY}")
         config.identity = {"file": model_file, "vocabulary": state["vocabulary"], "data": state["data"]}
     return config
 

@@ -120,6 +120,7 @@ STATES = {
     "other timings": lambda s: s["resume"].update(timings={"train_seconds": 3}),
     "no best score": lambda s: s.pop("best_valid_score"),
     "a vocabulary that repeats": lambda s: s["vocabulary"].update(item_id="i1\ni1"),
+    "a vocabulary of numbers": lambda s: s["vocabulary"].update(item_id=7),
     "no vocabulary": lambda s: s.update(vocabulary=None),
     "settings that are tensors": lambda s: s["config"].update(field_separator=[torch.ones(2, 2)]),
     "a seed that is none": lambda s: s["config"].update(seed=[1]),

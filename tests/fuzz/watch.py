@@ -56,7 +56,7 @@ BAD = ("traceback", "crash", "hang", "code", "damage", "rows")
 def _hook(event: str, args: tuple) -> None:
     if not _folder:
         return
-    if event in FORBIDDEN:
+    if event in FORBIDDEN and not (event == "pickle.find_class" and _from_a_worker()):
         SUSPICIOUS.append(f"{event} {args}"[:300])
     elif event in WRITING or (event == "open" and _writes(args)):
         with suppress(Exception):
@@ -64,6 +64,14 @@ def _hook(event: str, args: tuple) -> None:
             inside = path.startswith(_folder[0]) and not path.startswith(os.path.join(_folder[0], "elsewhere"))
             if not inside and not path.startswith("/dev/") and "__pycache__" not in path:
                 SUSPICIOUS.append(f"{event} {path}"[:300])
+
+
+def _from_a_worker() -> bool:
+    """Whether a process of this very run (those of ``worker``) has sent what is unpickled."""
+    frame = sys._getframe()
+    while frame is not None and "multiprocessing" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _writes(args: tuple) -> bool:
