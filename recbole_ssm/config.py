@@ -36,11 +36,11 @@ UNLISTED = {
 # What a checkpoint leaves out: it belongs to one process or machine, or RecBole derives it.
 PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous", "gpu_id"}
 
-# Settings of a checkpoint that are not followed: they name files, which are the user's own to name. The data's folder
-# is, for from there words and numbers alone are read.
+# Settings of a checkpoint that are not followed: they name files or services, which are the user's own.
+# The data's folder is, for from there words and numbers alone are read.
 FILE_SETTINGS = {
     "checkpoint_dir", "config_file", "save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path",
-    "pre_model_path", "pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "warm_up",
+    "pre_model_path", "pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "warm_up", "log_wandb", "wandb_project",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from recbole.utils import (
 from recbole_ssm.checkpoint import REMEDY, expect, load_checkpoint, load_weights
 from recbole_ssm.config import Config, is_plain
 from recbole_ssm.data import create_dataset, data_preparation
-from recbole_ssm.data.identity import check_identity
+from recbole_ssm.data.identity import check_identity, is_vocabulary
 from recbole_ssm.distributed import rank, world_size
 from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
@@ -257,8 +257,8 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config
         config = Config.rebuild(given, {"checkpoint_dir": str(Path(model_file).parent), **(settings or {})})
     if "vocabulary" in state:
         expect(model_file, state, vocabulary=dict, data=dict)
-        if not all(isinstance(word, str) for pair in state["vocabulary"].items() for word in pair):
-            raise UserError(f"{model_file} holds a vocabulary that is no words: {REMEDY}")
+        if not is_vocabulary(state["vocabulary"]):
+            raise UserError(f"{model_file} holds a vocabulary that is no list of different words: {REMEDY}")
         config.identity = {"file": model_file, "vocabulary": state["vocabulary"], "data": state["data"]}
     return config
 

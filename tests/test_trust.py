@@ -133,6 +133,7 @@ def test_what_is_resumed_is_checked_first(change, checkpoint):
     with pytest.raises(UserError, match=r"changed\.pth") as error:
         resume(changed(checkpoint, change))
     assert "\n" not in str(error.value)
+    assert "cannot be used as it is" not in str(error.value), "which is said of what nobody has thought of"
 
 
 def test_numpys_generator_reads_no_memory_but_its_own():

@@ -37,6 +37,13 @@ def identity(dataset: Any) -> dict[str, Any]:
     return {"vocabulary": vocabulary, "data": getattr(dataset, "learned_from", {})}
 
 
+def is_vocabulary(kept: dict) -> bool:
+    """Whether this is what :func:`identity` keeps of tokens: different ones, a line each, by their field."""
+    if not all(isinstance(word, str) for pair in kept.items() for word in pair):
+        return False
+    return all(len(set(tokens)) == len(tokens) for tokens in (lines.split(SEPARATOR) for lines in kept.values()))
+
+
 def tokens_of(kept: dict[str, Any], field: str) -> list[str]:
     """Tokens of a field in the order of their ids, from 1; none where :func:`identity` did not keep any."""
     lines = kept.get("vocabulary", {}).get(field)
