@@ -8,7 +8,7 @@ from typing import Any
 import recbole.utils
 import torch
 from recbole.trainer import Trainer
-from recbole.utils import get_gpu_usage, set_color
+from recbole.utils import EvaluatorType, get_gpu_usage, set_color
 from torch import nn, optim
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +23,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.layers.precision import rounded_weights
 from recbole_ssm.models.base import PackedRecommender
+from recbole_ssm.settings import LOGISTIC_LOSSES
 
 # On a GPU each look at the loss waits for all work before it, so only every this many steps is it checked for NaN.
 STEPS_PER_CHECK = 32
@@ -94,15 +95,20 @@ class SequenceTrainer(DurableTraining):
             )
 
     def _build_optimizer(self, **kwargs):
+        """As RecBole's, fused where it can be; what is marked (``_no_weight_decay``) is kept from ``weight_decay``."""
+        marked = [p for p in self.model.parameters() if getattr(p, "_no_weight_decay", False)]
+        if self.weight_decay and marked and "params" not in kwargs:
+            others = [p for p in self.model.parameters() if not getattr(p, "_no_weight_decay", False)]
+            kwargs["params"] = [{"params": others}, {"params": marked, "weight_decay": 0.0}]
         optimizer = super()._build_optimizer(**kwargs)
         if type(optimizer) not in FUSED_OPTIMIZERS:
             return optimizer
-        (group,) = optimizer.param_groups
-        settings = {key: group[key] for key in ("lr", "weight_decay")}
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        settings: dict[str, Any] = {"lr": optimizer.defaults["lr"]}
         if self.device.type == "cuda":  # as a CUDA graph needs it
-            settings["lr"] = torch.tensor(group["lr"], device=self.device)
-            settings |= {"capturable": True} if "capturable" in group else {}
-        return type(optimizer)(group["params"], **settings, fused=True)
+            settings["lr"] = torch.tensor(settings["lr"], device=self.device)
+            settings |= {"capturable": True} if "capturable" in optimizer.defaults else {}
+        return type(optimizer)(groups, **settings, fused=True)
 
     def _wants_graphs(self, scaled: bool) -> bool:
         """Whether steps shall replay as CUDA graphs.
@@ -146,6 +152,13 @@ class SequenceTrainer(DurableTraining):
         scores[:, 0] = -math.inf
         if history_index is not None:
             scores[history_index] = -math.inf
+        return interaction, scores, positive_u, positive_i
+
+    def _neg_sample_batch_eval(self, batched_data):
+        interaction, scores, positive_u, positive_i = super()._neg_sample_batch_eval(batched_data)
+        logistic = isinstance(self.model, PackedRecommender) and self.model.loss_type in LOGISTIC_LOSSES
+        if logistic and self.config["eval_type"] == EvaluatorType.VALUE:
+            scores = scores.double().sigmoid()  # what RecBole's metrics of single scores are of
         return interaction, scores, positive_u, positive_i
 
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):

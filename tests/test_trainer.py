@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from recbole.trainer import Trainer
@@ -114,10 +115,28 @@ def test_which_trainer_serves_which_model():
 def test_the_optimizer_is_fused():
     trainer, _ = trainer_of(weight_decay=0.1, learner="adamw")
     assert type(trainer.optimizer) is torch.optim.AdamW
-    (group,) = trainer.optimizer.param_groups
-    assert group["fused"]
-    assert group["weight_decay"] == 0.1
-    assert group["lr"] == trainer.learning_rate
+    for group, decay in zip(trainer.optimizer.param_groups, (0.1, 0.0), strict=True):
+        assert group["fused"]
+        assert group["weight_decay"] == decay
+        assert group["lr"] == trainer.learning_rate
+
+
+@pytest.mark.parametrize("learner", ["adamw", "adam", "adagrad"])
+@pytest.mark.parametrize(
+    ("name", "kept"), [("Mamba4Rec", {"A_log", "D"}), ("SSD4Rec", {"A_log", "D", "dt_bias"}), ("SASRec", set())]
+)
+def test_rates_of_the_state_space_are_kept_from_weight_decay(name, kept, learner):
+    mode = {"train_mode": "sequence", "valid_metric": "NDCG@10"} if name == "SASRec" else {}
+    config, model, _ = build(name, weight_decay=0.1, learner=learner, **mode)
+    trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+    decay = {p: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert decay.keys() == set(model.parameters())
+    for parameter_name, parameter in model.named_parameters():
+        assert decay[parameter] == (0.0 if parameter_name.rsplit(".")[-1] in kept else 0.1)
+
+
+def test_without_weight_decay_there_is_one_group():
+    assert len(trainer_of()[0].optimizer.param_groups) == 1
 
 
 def test_learning_rate_factors():
@@ -151,3 +170,31 @@ def test_the_learning_rate_follows_its_schedule(name, monkeypatch):
     assert rates[int(half)] == pytest.approx(0.25, rel=0.2)
     assert 0 < rates[-1] < 0.1
     assert trainer.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("loss_type", ["BCE", "gBCE"])
+def test_log_loss_is_of_probabilities(loss_type):
+    of_scores = {"metrics": ["LogLoss", "AUC"], "valid_metric": "LogLoss", "eval_args": {"mode": "uni5"}}
+    config, model, (train_data, valid_data, _) = build("Mamba4Rec", loss_type=loss_type, **of_scores)
+    trainer = get_trainer(config["MODEL_TYPE"], "Mamba4Rec")(config, model)
+    with torch.no_grad():
+        model.item_embedding.weight.mul_(100)  # so that scores are other than what nothing is known of
+    trainer.eval_collector.data_collect(train_data)
+    # The loader draws its negatives anew each time, by NumPy's generator.
+    state = np.random.get_state()
+    found = trainer.evaluate(valid_data, load_best_model=False)
+    np.random.set_state(state)
+    with torch.no_grad():
+        rows = [(model.eval().predict(rows), rows[config["LABEL_FIELD"]]) for rows, *_ in valid_data]
+    scores, labels = (torch.cat(column).double() for column in zip(*rows, strict=True))
+    assert scores.std() > 0.1
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels.to(scores))
+    assert found["logloss"] == pytest.approx(float(loss), abs=1e-4)
+    assert found["auc"] == pytest.approx(
+        float((scores[labels == 1, None] > scores[labels == 0]).double().mean()), abs=1e-3
+    )
+
+
+def test_labels_are_a_column():
+    with pytest.raises(UserError, match="has no column 'label' that is loaded: name it by LABEL_FIELD"):
+        build("STARRec", metrics=["AUC"], valid_metric="AUC", eval_args={"mode": "labeled"})

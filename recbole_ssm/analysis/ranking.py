@@ -19,7 +19,8 @@ class Ranks:
     Attributes:
         users: RecBole's internal user ids, int64 ``[N]``, ascending.
         lengths: items of the history before the target, all of them, int64 ``[N]``.
-        ranks: how many candidates score higher than the target, plus 1, int64 ``[N]``.
+        ranks: from 1, int64 ``[N]``. Among candidates of the target's own score it is the mean of their ranks, rounded
+            up: a model that scores all alike ranks nothing.
     """
 
     users: np.ndarray
@@ -63,8 +64,6 @@ def length_buckets(lengths: np.ndarray, borders: Sequence[int]) -> dict[str, np.
 def rank_targets(trainer, eval_data) -> Ranks:
     """Rank every row's target among all items, or among the unseen ones where ``exclude_history`` is set.
 
-    Of candidates with the target's own score none counts as ahead of it.
-
     Args:
         trainer: trainer of the model, from :func:`recbole_ssm.trainer.get_trainer`.
         eval_data: validation or test loader of a leave-one-out split.
@@ -82,7 +81,9 @@ def rank_targets(trainer, eval_data) -> Ranks:
         with trainer._precision_of_evaluation():
             rows, scores, _, targets = trainer._full_sort_batch_eval(batch)
         own = scores.gather(1, targets[:, None].to(scores.device))
-        ranks.append((1 + (~(scores <= own)).sum(1)).cpu())  # NaN is no good score: it puts a target last
+        ahead = (~(scores <= own)).sum(1)  # NaN is no good score: it puts a target last
+        equal = (scores == own).sum(1) - 1
+        ranks.append((1 + ahead + (equal.clamp_min(0) + 1) // 2).cpu())
         users.append(rows[dataset.uid_field].cpu())
         place = rows[SequenceDataset.TARGET_POSITION].cpu()
         lengths.append(place - dataset.user_start[place])

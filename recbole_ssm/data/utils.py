@@ -87,6 +87,12 @@ def data_preparation(config, dataset):
             catalogue that is smaller than a list to recommend or in which there is no negative to draw.
     """
     _bound_scores(config, dataset)
+    label = config["LABEL_FIELD"]
+    if "labeled" in config["eval_args"]["mode"].values() and label not in dataset.field2type:
+        raise UserError(
+            f"mode labeled of eval_args needs labels, and {config['dataset']} has no column {label!r} that is loaded: "
+            "name it by LABEL_FIELD and load_col, make it by threshold, or choose mode full, uniN or popN."
+        )
     try:
         train_data, *eval_data = _loaders(config, dataset)
     except UserError:

@@ -22,6 +22,16 @@ def initial_step_sizes(count: int) -> Tensor:
     return torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1)))
 
 
+def keep_from_weight_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that :class:`~recbole_ssm.trainer.SequenceTrainer` leaves out of ``weight_decay``.
+
+    By the attribute that mamba_ssm marks them with, which other trainers know too: decay would pull rates and step
+    sizes not to nothing but to a value that means nothing in particular.
+    """
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
 class _DecayRates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, A_log):
@@ -61,6 +71,7 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
+        keep_from_weight_decay(self.A_log, self.D)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         self.reset_parameters()
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus
+from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus, keep_from_weight_decay
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
 from recbole_ssm.ops.packing import positions, rows, sequence_ids
 from recbole_ssm.ops.step_sizes import step_sizes
@@ -39,6 +39,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(inverse_softplus(initial_step_sizes(heads)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
+        keep_from_weight_decay(self.dt_bias, self.A_log, self.D)
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 

@@ -9,6 +9,7 @@ from recbole_ssm.settings.models import (
     BACKENDS,
     CAUSAL_MODELS,
     FIXED,
+    LOGISTIC_LOSSES,
     LOSS_TYPES,
     SCHEMAS,
     Ours,
@@ -18,7 +19,10 @@ from recbole_ssm.settings.models import (
 from recbole_ssm.settings.schema import Common, Sequential, near
 from recbole_ssm.settings.text import sentence
 
-__all__ = ["BACKENDS", "CAUSAL_MODELS", "FIXED", "LOSS_TYPES", "SCHEMAS", "check", "near", "schema_of", "unread"]
+__all__ = [
+    "BACKENDS", "CAUSAL_MODELS", "FIXED", "LOGISTIC_LOSSES", "LOSS_TYPES", "SCHEMAS", "check", "near", "schema_of",
+    "unread",
+]  # fmt: skip
 
 # Of our settings, values that ask a model which does not read them for nothing.
 NEUTRAL = {

@@ -13,6 +13,9 @@ Scheduler = Literal["constant", "linear", "cosine"]
 CudaGraphs = Literal["auto", "on", "off"]
 Backend = Literal["auto", "reference", "cpu", "triton", "mamba_ssm"]
 
+# Whose scores are log-odds, of which the sigmoid is a probability.
+LOGISTIC_LOSSES = ("BCE", "gBCE")
+
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -71,6 +74,21 @@ class OnePass(Scheduled, Sequential):
         return self
 
 
+def _check_probabilities(settings: Any, loss_type: str | None) -> None:
+    """Refuse metrics of probabilities where scores are none.
+
+    Raises:
+        ValueError: naming the metric.
+    """
+    metrics = [settings.metrics] if isinstance(settings.metrics, str) else settings.metrics
+    for metric in metrics:
+        if metric.lower() in ("logloss", "mae", "rmse") and loss_type not in LOGISTIC_LOSSES:
+            raise ValueError(
+                f"{metric} is of probabilities, which the scores of loss_type {loss_type} are not: choose AUC or a "
+                f"metric of rankings{', or loss_type BCE or gBCE' if isinstance(settings, Ours) else ''}."
+            )
+
+
 class Causal(OnePass):
     """What SASRec and GRU4Rec of RecBole read beside RecBole's common settings."""
 
@@ -84,6 +102,7 @@ class Causal(OnePass):
             raise ValueError("time_order: exact goes with train_mode: sequence; RecBole's rows have its own order.")
         if self.train_mode == "prefix" and self.exclude_history:
             raise ValueError("exclude_history needs whole histories: set train_mode: sequence.")
+        _check_probabilities(self, self.loss_type)
         return self
 
 
@@ -164,6 +183,7 @@ class Ours(OnePass):
                 "loss_type SampledSoftmax corrects for negatives drawn uniformly: set the distribution of "
                 f"train_neg_sample_args ({negatives.distribution}) to uniform."
             )
+        _check_probabilities(self, self.loss_type)
         return self
 
 

@@ -36,6 +36,31 @@ def test_metrics_of_ranks_are_recboles(name, exclude_history):
         assert ours["recall@10"] > 0
 
 
+@pytest.mark.parametrize("equal", [0, 1, 2, "all"])
+def test_a_target_ranks_in_the_middle_of_its_equals(equal, monkeypatch):
+    model, trainer, (_, valid_data, _) = trained("Mamba4Rec")
+    items = model.n_items - 1
+
+    def full_sort_predict(rows):
+        if equal == "all":
+            return torch.zeros(len(rows), items + 1)
+        scores = torch.arange(items + 1, 0, -1.0).repeat(len(rows), 1)  # the item's id is its rank
+        for row, target in zip(scores, rows[model.ITEM_ID].tolist(), strict=True):
+            row[target : target + equal + 1] = row[target].item()
+        return scores
+
+    monkeypatch.setattr(model, "full_sort_predict", full_sort_predict)
+    ranks = rank_targets(trainer, valid_data)
+    if equal == "all":
+        assert set(ranks.ranks) == {1 + items // 2}
+        assert ranks.metrics([10])["ndcg@10"] == 0
+    else:
+        targets = valid_data._dataset.inter_feat
+        ids = targets[model.ITEM_ID].numpy()[targets[model.USER_ID].numpy().argsort(kind="stable")]
+        after = np.minimum(equal, items - ids)
+        np.testing.assert_array_equal(ranks.ranks, ids + (after + 1) // 2)
+
+
 def test_history_excluded_is_what_a_loop_over_users_gives():
     model, trainer, (_, _, test_data) = trained("Mamba4Rec", exclude_history=True, MAX_ITEM_LIST_LENGTH=3)
     found = rank_targets(trainer, test_data)

@@ -199,3 +199,18 @@ def test_a_model_knows_whether_one_pass_will_do(settings, one_pass):
     else:
         with pytest.raises(UserError, match="needs a row for each target: set train_mode: prefix"):
             model.calculate_loss(batch)
+
+
+@pytest.mark.parametrize("train_mode", ["prefix", "sequence"])
+def test_uncut_histories(train_mode):
+    write_dataset("tiny", [f"u{user}\ti{(user + time) % 90}\t{time}" for user in range(3) for time in range(80)])
+    uncut = {"MAX_ITEM_LIST_LENGTH": 2**20, "num_layers": 1, "train_mode": train_mode, "dropout_prob": 0.0}
+    _, model, (train_data, _, test_data) = build("SSD4Rec", **uncut)
+    rows, *_ = next(iter(test_data))
+    assert rows[model.ITEM_SEQ_LEN].tolist() == [79] * 3
+    assert rows[model.ITEM_SEQ].shape == (3, 79)
+    scores = model.eval().full_sort_predict(rows)
+    rows[model.ITEM_SEQ][:, 0] += 1  # read by a model of whole histories alone
+    assert (model.full_sort_predict(rows) != scores).any()
+    sum(model.train().calculate_loss(batch) for batch in train_data).backward()
+    assert model.item_embedding.weight.grad.isfinite().all()

@@ -45,6 +45,16 @@ REFUSED = {
     "order": ("STARRec", {"eval_args": {"order": "RO"}}, "sequential models need TO"),
     "labels": ("STARRec", {"eval_args": {"mode": "labeled"}}, "mode labeled of eval_args ranks nothing"),
     "scores": ("STARRec", {"metrics": ["AUC"], "valid_metric": "AUC"}, "AUC is of labelled or sampled items"),
+    "scores of CE": (
+        "STARRec",
+        {"metrics": ["LogLoss"], "valid_metric": "LogLoss", "eval_args": {"mode": "uni5"}},
+        "LogLoss is of probabilities, which the scores of loss_type CE are not: choose AUC or a metric of rankings, or",
+    ),
+    "SASRec's scores": (
+        "SASRec",
+        {"metrics": ["AUC", "RMSE"], "valid_metric": "AUC", "eval_args": {"mode": "uni5"}},
+        "RMSE is of probabilities, which the scores of loss_type CE are not: choose AUC or a metric of rankings.",
+    ),
     "kinds of metrics": ("STARRec", {"metrics": ["AUC", "NDCG"]}, "either of rankings"),
     "no metric": ("STARRec", {"metrics": []}, "choose at least one"),
     "metric without k": ("STARRec", {"valid_metric": "NDCG"}, "set --valid_metric to one of Recall@10"),
