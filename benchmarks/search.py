@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Time a grid of four trials each way, in turns, and write the result file and its table."""
     from benchmarks.environment import environment, slug
     from benchmarks.report import versions, write_section
-    from recbole_ssm.cluster import start_ray
+    from recbole_ssm.distributed.ray_cluster import start_ray
     from recbole_ssm.search import tune
 
     start_ray()

@@ -1,6 +1,5 @@
 """RecBole's configuration with this package's property files, strict about the settings of our models."""
 
-import ast
 import copy
 import logging
 import sys
@@ -18,6 +17,7 @@ from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import MODELS, list_models
 from recbole_ssm.settings import CAUSAL_MODELS, FIXED, check, near, schema_of, unread
+from recbole_ssm.settings.values import PlainLoader, is_name, literal, native, plain, printable, read_settings
 
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
 COMMAND_OPTIONS = {
@@ -82,10 +82,6 @@ def tuned_settings(model: str, dataset: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-class PlainLoader(yaml.SafeLoader):
-    """Reads data alone, and numbers as RecBole does, such as ``1e-3``."""
-
-
 class Config(recbole.config.Config):
     """:class:`recbole.config.Config` that also reads this package's ``properties/``.
 
@@ -127,7 +123,7 @@ class Config(recbole.config.Config):
         Raises:
             UserError: where ``settings`` would make another model of the one that was trained.
         """
-        changes = {key: _literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
+        changes = {key: literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
         for key in sorted(FIXED & changes.keys() & given.keys()):
             if changes[key] != given[key]:
                 raise UserError(
@@ -160,7 +156,7 @@ class Config(recbole.config.Config):
         """As RecBole's for literals, without evaluating anything else: a setting may come from a stranger's file."""
         for key, value in config_dict.items():
             if isinstance(value, str):
-                config_dict[key] = _literal(value)
+                config_dict[key] = literal(value)
         return config_dict
 
     def _build_yaml_loader(self):
@@ -251,7 +247,7 @@ class Config(recbole.config.Config):
 
     def _get_final_config_dict(self):
         final = super()._get_final_config_dict()
-        final = {key: _native(value) for key, value in final.items()}
+        final = {key: native(value) for key, value in final.items()}
         if final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
                 fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
@@ -269,7 +265,7 @@ class Config(recbole.config.Config):
         if isinstance(final.get("cuda_graphs"), bool):  # as YAML reads on and off
             final["cuda_graphs"] = "on" if final["cuda_graphs"] else "off"
         self._check(final)
-        self.given = {key: _plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
+        self.given = {key: plain(value) for key, value in final.items() if key not in PROCESS_SETTINGS}
         self.given |= {"model": self.model, "dataset": self.dataset}
         if not final["use_gpu"]:
             final["gpu_id"] = ""  # by which alone RecBole chooses the device
@@ -351,76 +347,3 @@ class _RebuiltConfig(_SettingsConfig):
 
     def _asked_for(self):
         return {}  # what a run was started with is as it was, but for what rebuild changes
-
-
-def _literal(text: str):
-    lowered = text.lower()
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    if text == "~":
-        return None
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def read_settings(file: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
-    """The settings in a YAML file, which holds data alone.
-
-    Raises:
-        UserError: where there is no such file, or it cannot be read as lines of ``key: value``.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"config file {file} not found.")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"config file {file} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict | None) or not all(isinstance(key, str) for key in content or {}):
-        raise UserError(f"config file {file} should hold lines of key: value.")
-    return content or {}
-
-
-def is_name(word: Any) -> bool:
-    """Whether ``word`` names a file in a folder, and not one elsewhere, and may stand in a line of a log."""
-    return isinstance(word, str) and word.isprintable() and not set(word) & set("/\\:") and bool(word.strip(". "))
-
-
-def printable(value: Any) -> Any:
-    """``value`` as it may stand in a line of a log: a word's line breaks and control characters are escaped."""
-    if not isinstance(value, str) or value.isprintable():
-        return value
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in value)
-
-
-def is_plain(value: Any) -> bool:
-    """Whether ``value`` is built of Python's own types alone, as what :attr:`Config.given` holds is."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
-def _native(value):
-    """``value`` with NumPy's numbers and with paths as what they stand for."""
-    if isinstance(value, dict):
-        return {key: _native(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_native(item) for item in value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value) if isinstance(value, Path) else value
-
-
-def _plain(value):
-    """``value`` as built of Python's own types, which a checkpoint can hold safely."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -28,14 +28,15 @@ from recbole.utils import (
 )
 
 from recbole_ssm.checkpoint import REMEDY, expect, load_checkpoint, load_weights
-from recbole_ssm.config import Config, is_plain
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.data.identity import check_identity, is_vocabulary
 from recbole_ssm.distributed import rank, world_size
+from recbole_ssm.distributed.launch import launch
 from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
-from recbole_ssm.launch import launch
 from recbole_ssm.registry import MODELS, model_class
+from recbole_ssm.settings.values import is_plain
 from recbole_ssm.trainer import SequenceTrainer, get_trainer
 
 _LOGS: list[logging.Handler] = []  # of the run that was started last
@@ -387,7 +388,7 @@ def run(
         config_file_list (list of str): YAML files with settings.
         config_dict (dict): settings, above those of the files.
         saved (bool): whether to save the model.
-        nproc (int): see :func:`recbole_ssm.launch.launch`, as for the last four.
+        nproc (int): see :func:`recbole_ssm.distributed.launch.launch`, as for the last four.
         world_size (int): processes on all machines.
         ip (str): address of the first machine.
         port (str): its port.

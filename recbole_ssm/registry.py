@@ -15,7 +15,6 @@ import recbole.trainer
 import torch
 from recbole.utils import get_model
 
-from recbole_ssm.models.sequence_mode import with_sequence_mode
 from recbole_ssm.settings import CAUSAL_MODELS
 
 MODELS = {
@@ -51,6 +50,8 @@ def model_class(config) -> type:
     """The class that ``config`` names, as :func:`recbole.utils.get_model`, made to train as it asks."""
     found = get_model(config["model"])
     if config["train_mode"] == "sequence" and config["model"] in CAUSAL_MODELS:
+        from recbole_ssm.models.sequence_mode import with_sequence_mode
+
         return with_sequence_mode(found)
     return found
 

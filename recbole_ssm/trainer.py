@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from recbole_ssm.checkpoint import expect
 from recbole_ssm.data.batch import SequenceBatch
-from recbole_ssm.distributed import weight_of, weighted, world_size
+from recbole_ssm.distributed import weight_of, world_size
 from recbole_ssm.durable import DurableTraining
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
@@ -211,7 +211,7 @@ class SequenceTrainer(DurableTraining):
     def _backward(self, batch: Any, weight: float = 1.0) -> torch.Tensor:
         """Leave the gradients of a batch's loss in the parameters; returns the loss's terms, ``[n]``."""
         self.optimizer.zero_grad()
-        with self._autocast(), weighted(weight):
+        with self._autocast():
             losses = self._loss_of(batch)
         losses = losses if isinstance(losses, tuple) else (losses,)
         terms = torch.stack([loss.detach() for loss in losses])

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from recbole_ssm import UserError
-from recbole_ssm.launch import launch
+from recbole_ssm.distributed.launch import launch
 
 from .conftest import random_rows, small_config, small_settings, write_dataset
 

@@ -84,7 +84,7 @@ def model_and_dataset(args: argparse.Namespace, files: list[str] | None) -> tupl
     Raises:
         UserError: for a file that cannot be read.
     """
-    from recbole_ssm.config import read_settings
+    from recbole_ssm.settings.values import read_settings
 
     given = {"model": "STARRec", "dataset": "ml-100k"}
     for file in files or []:
@@ -102,8 +102,8 @@ def main() -> int:
 
     from recbole_ssm import quick_start
     from recbole_ssm.config import Config
+    from recbole_ssm.distributed.launch import launch
     from recbole_ssm.errors import UserError
-    from recbole_ssm.launch import launch
     from recbole_ssm.registry import list_models
 
     if args.list_models:
@@ -131,7 +131,7 @@ def main() -> int:
         if args.engine == "ray":
             if args.result_file or args.resume or args.checkpoint:
                 raise UserError("--engine ray goes with training from the start and without --result_file.")
-            from recbole_ssm.engine import train_on_ray
+            from recbole_ssm.distributed.ray_training import train_on_ray
 
             train_on_ray(model, dataset, files, settings, args.nproc, args.address)
             return 0

@@ -28,7 +28,7 @@ class SequenceBatch:
         targets: the items to predict there, int64 ``[M]``.
         negatives: sampled items, int64 ``[M, K]``; absent where the loss needs none.
         target_weights: what each target counts in the loss, float32 ``[M]``, summing to 1; all alike where absent.
-        weight: see :func:`recbole_ssm.distributed.weighted`.
+        weight: see :func:`recbole_ssm.distributed.weight_of`.
         last: whether ``target_rows`` is the last row of every window, one target each.
         buffer: the bytes that all of these tensors, and the tables of their borders, are views of, where they are.
     """

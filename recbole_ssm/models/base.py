@@ -73,7 +73,12 @@ class PackedRecommender(SequentialRecommender):
         return hidden
 
     def loss(
-        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        weights: Tensor | None = None,
+        weight: float = 1.0,
     ) -> Tensor | tuple[Tensor, ...]:
         """The training loss, or a tuple of terms to be summed.
 
@@ -82,6 +87,8 @@ class PackedRecommender(SequentialRecommender):
             positives: the items that came next, int64 ``[M]``.
             negatives: sampled items, int64 ``[M, K]``.
             weights: what each target counts, ``[M]``, summing to 1; all alike where absent.
+            weight: of this process's targets, see :func:`recbole_ssm.distributed.weight_of`; for terms that are no
+                means over targets.
         """
         return self.ranking_loss(self.read_out(hidden), positives, negatives, weights)
 
@@ -139,7 +146,7 @@ class PackedRecommender(SequentialRecommender):
             raise UserError(
                 f"{type(self).__name__}, as it is set, needs a row for each target: set train_mode: prefix."
             )
-        return self.loss(hidden, batch.targets, batch.negatives, batch.target_weights)
+        return self.loss(hidden, batch.targets, batch.negatives, batch.target_weights, batch.weight)
 
     def packed(self, interaction: SequenceBatch | Interaction) -> SequenceBatch:
         """A batch of RecBole's rows as the model works on it, on the host; one that is packed already, as it is.

@@ -124,7 +124,12 @@ class STARRec(PackedRecommender):
         return hidden if self.mixture is None or self.routes_positions else self.mixture(hidden).output
 
     def loss(
-        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        weights: Tensor | None = None,
+        weight: float = 1.0,
     ) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
         if self.mixture is None:
@@ -138,5 +143,5 @@ class STARRec(PackedRecommender):
         if self.diversity_weight and mixed is not None:
             terms.append(expert_diversity(mixed.experts, weights, self.diversity_weight))
         if self.balance_weight and mixed is not None:
-            terms.append(load_balance(mixed.gate, mixed.chosen, weights, self.balance_weight))
+            terms.append(load_balance(mixed.gate, mixed.chosen, weights, self.balance_weight, weight))
         return tuple(terms) if len(terms) > 1 else terms[0]

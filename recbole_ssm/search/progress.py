@@ -6,8 +6,8 @@ from typing import Any
 
 from ray.tune import Callback
 
-from recbole_ssm.cluster import reason
-from recbole_ssm.search.trial import METRIC
+from recbole_ssm.distributed.ray_cluster import reason
+from recbole_ssm.search.definition import METRIC
 
 
 class Progress(Callback):

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from recbole_ssm.cluster import CHECKPOINT, reason
+from recbole_ssm.distributed.ray_cluster import CHECKPOINT, reason
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import evaluate
+from recbole_ssm.search.definition import FOLDER_PREFIX, METRIC, Search
 from recbole_ssm.search.space import Parameter
-from recbole_ssm.search.trial import METRIC
-from recbole_ssm.search.tuner import FOLDER_PREFIX, Search
 
 if TYPE_CHECKING:
     from ray.tune import Result, ResultGrid
@@ -140,7 +139,7 @@ def draw(results: "ResultGrid", search: Search, file: Path) -> None:
         curve = result.metrics_dataframe
         study.add_trial(
             optuna.trial.create_trial(
-                params={name: _category(v, distributions[name]) for name, v in search.chosen(result.config).items()},
+                params={name: _value(v, distributions[name]) for name, v in search.chosen(result.config).items()},
                 distributions=distributions,
                 value=result.metrics[METRIC],
                 intermediate_values={}
@@ -164,7 +163,7 @@ def _distribution(parameter: Parameter) -> Any:
     from optuna import distributions
 
     if parameter.kind == "choice":
-        return distributions.CategoricalDistribution([_plain(value) for value in parameter.values])
+        return distributions.CategoricalDistribution([_category(value) for value in parameter.values])
     if parameter.kind == "quniform":
         values = parameter.grid() or []
         if isinstance(values[0], int):
@@ -173,12 +172,12 @@ def _distribution(parameter: Parameter) -> Any:
     return distributions.FloatDistribution(parameter.low, parameter.high, log=parameter.kind == "loguniform")
 
 
-def _plain(value: Any) -> Any:
+def _category(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def _category(value: Any, distribution: Any) -> Any:
-    return _plain(value) if hasattr(distribution, "choices") else value
+def _value(value: Any, distribution: Any) -> Any:
+    return _category(value) if hasattr(distribution, "choices") else value
 
 
 def _metrics(metrics: dict[str, float]) -> str:

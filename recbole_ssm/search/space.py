@@ -147,11 +147,11 @@ def _read_lines(path: Path, text: str) -> Space:
         if len(words) < 3:
             raise UserError(f"{where} should be name, type and values, not {line.strip()!r}.")
         name, kind, values = words
-        space[name] = _checked(f"{where}: {name}", _recboles, kind, _literal(values))
+        space[name] = _checked(f"{where}: {name}", _recboles, kind, _values(values))
     return space
 
 
-def _literal(text: str) -> Any:
+def _values(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

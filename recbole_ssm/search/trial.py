@@ -1,25 +1,20 @@
 """One trial of a search: a run that reports to Ray Tune after each evaluation, and goes on from its checkpoint."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import ray
 import torch
 from ray import tune
 
-from recbole_ssm.cluster import assigned_gpus, checkpoint_folder, resume_from
 from recbole_ssm.config import Config
 from recbole_ssm.data.utils import made_alike
+from recbole_ssm.distributed.ray_cluster import assigned_gpus, checkpoint_folder, resume_from
 from recbole_ssm.quick_start import prepare
-
-if TYPE_CHECKING:
-    from recbole_ssm.search.tuner import Search
-
-# What trials are compared by: the best validation score so far, by which RecBole chooses a run's model.
-METRIC = "best_valid_score"
+from recbole_ssm.search.definition import METRIC, Search
 
 
-def train_trial(values: dict[str, Any], search: "Search", dataset: Any) -> None:
+def train_trial(values: dict[str, Any], search: Search, dataset: Any) -> None:
     """Train with ``values`` above the settings of the search.
 
     Each evaluation is reported as ``valid_score``, ``best_valid_score`` and the metrics of the best epoch, with a

@@ -129,7 +129,7 @@ def meaning(model: str, key: str) -> str:
     return "" if field is None else comment(field, source=False)
 
 
-def _plain(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     return "~" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
@@ -142,7 +142,7 @@ def property_file(schema: type[Common], names: list[str], title: str) -> str:
             lines += ["", f"# {extra(field)['section']}"]
         elif lines[-1].startswith("#"):
             lines.append("")
-        lines.append(f"{name + ': ' + _plain(field.default):<{COLUMN - 1}} {comment(field)}")
+        lines.append(f"{name + ': ' + _as_yaml(field.default):<{COLUMN - 1}} {comment(field)}")
     return "\n".join(lines) + "\n"
 
 
@@ -194,7 +194,7 @@ def default(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_none=True)
-    return repr(value) if isinstance(value, str) and not value.strip() else _plain(value)
+    return repr(value) if isinstance(value, str) and not value.strip() else _as_yaml(value)
 
 
 TABLES: dict[str, tuple[type[Common], list[str]]] = {

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("ray")
 
 from recbole_ssm.search import Search
+from recbole_ssm.search.definition import METRIC
 from recbole_ssm.search.report import draw
-from recbole_ssm.search.trial import METRIC
 
 
 def test_names_and_values_are_text_in_the_pictures(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from recbole_ssm import UserError, run_recbole
-from recbole_ssm.cluster import start_ray
 from recbole_ssm.data import create_dataset
+from recbole_ssm.distributed.ray_cluster import start_ray
 from recbole_ssm.search import Search, tune
 
 from ..conftest import listening, markov_rows, small_settings, write_dataset

@@ -7,7 +7,9 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.cluster import (
+from recbole_ssm.config import Config
+from recbole_ssm.distributed.processes import rank
+from recbole_ssm.distributed.ray_cluster import (
     all_gpus_visible,
     assigned_gpus,
     checkpoint_folder,
@@ -16,8 +18,6 @@ from recbole_ssm.cluster import (
     resume_from,
     start_ray,
 )
-from recbole_ssm.config import Config
-from recbole_ssm.distributed import rank
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import fit, prepare
 
@@ -59,7 +59,7 @@ def train_on_ray(
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
-    from recbole_ssm.local_ray import LocalConfig
+    from recbole_ssm.distributed.ray_backend import LocalConfig
 
     settings = {**config.external_config_dict, "model": config["model"], "dataset": config["dataset"]}
     settings["data_path"] = str(Path(config.given["data_path"]).resolve())

@@ -1,14 +1,13 @@
 """Several processes train one model together: shares of a batch, and what all must agree on.
 
 Every process goes through the same batches as one process alone would, and takes every so-many-th row of each. Losses
-are means over rows, so a process's counts by its share of them (:func:`weighted`); gradients are summed by torch's
+are means over rows, so a process's counts by its share of them (:func:`weight_of`); gradients are averaged by torch's
 DistributedDataParallel. RecBole's own ways for several processes, which double rows and average metrics, stay off: to
 RecBole each process is one alone (``single_spec``).
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from recbole_ssm.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1")
-
-_weight = 1.0
 
 
 def meet_on_this_machine(backend: str, file: str, rank: int, world_size: int) -> None:
@@ -102,7 +99,7 @@ def _collate_share(collate: Callable[[Any], Any], index: list[int]) -> Any:
 
 
 def weight_of(batch: Any) -> float:
-    """How much this process's share of a batch weighs.
+    """How much this process's share of a batch weighs: its part of the batch's rows times the number of processes.
 
     Looked up among what a batch was given itself: an Interaction of RecBole's answers for a missing attribute with the
     column of that name.
@@ -110,26 +107,19 @@ def weight_of(batch: Any) -> float:
     return getattr(batch, "__dict__", {}).get("weight", 1.0)
 
 
-@contextmanager
-def weighted(weight: float) -> Iterator[None]:
-    """Say how much this process's share of the current batch weighs: its part of the rows times the processes."""
-    global _weight
-    before, _weight = _weight, weight
-    try:
-        yield
-    finally:
-        _weight = before
-
-
-def mean_over_processes(mean: Tensor) -> Tensor:
+def mean_over_processes(mean: Tensor, weight: float) -> Tensor:
     """A mean over this process's rows as that over all processes' rows.
 
     For losses that are no means over rows themselves but functions of one. The gradient stays that of this process's
     rows, which the gradients' own mean over processes completes.
+
+    Args:
+        mean: any shape.
+        weight: see :func:`weight_of`.
     """
     if world_size() == 1:
         return mean
-    whole = mean.detach() * (_weight / world_size())
+    whole = mean.detach() * (weight / world_size())
     dist.all_reduce(whole)
     return mean + (whole - mean.detach())
 

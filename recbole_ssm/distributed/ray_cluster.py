@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.distributed import LOOPBACK
+from recbole_ssm.distributed.processes import LOOPBACK
 from recbole_ssm.errors import UserError
 
 CHECKPOINT = "model.pth"

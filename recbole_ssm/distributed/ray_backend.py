@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
-from recbole_ssm.distributed import meet_on_this_machine
+from recbole_ssm.distributed.processes import meet_on_this_machine
 
 
 @dataclass

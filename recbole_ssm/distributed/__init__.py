@@ -1,0 +1,26 @@
+"""Several processes that train one model: what they share (here), how they are started, and the same on a Ray cluster.
+
+:mod:`~recbole_ssm.distributed.launch` starts them on this machine (``--nproc``),
+:mod:`~recbole_ssm.distributed.ray_training` on a cluster (``--engine=ray``).
+"""
+
+from recbole_ssm.distributed.processes import (
+    LOOPBACK,
+    MergedEvaluator,
+    from_all,
+    mean_over_processes,
+    meet_on_this_machine,
+    own_rows,
+    rank,
+    same_weights,
+    share,
+    share_batches,
+    surplus_rows,
+    weight_of,
+    world_size,
+)
+
+__all__ = [
+    "LOOPBACK", "MergedEvaluator", "from_all", "mean_over_processes", "meet_on_this_machine", "own_rows", "rank",
+    "same_weights", "share", "share_batches", "surplus_rows", "weight_of", "world_size",
+]  # fmt: skip
