@@ -14,7 +14,7 @@ import torch
 
 from recbole_ssm import UserError
 from recbole_ssm.checkpoint import load_checkpoint
-from recbole_ssm.distributed import processes
+from recbole_ssm.distributed import processes as together
 from recbole_ssm.distributed.launch import launch
 from recbole_ssm.quick_start import config_of, run, train_and_test
 
@@ -137,12 +137,12 @@ def test_two_processes_go_on_as_if_they_had_not_ended(two_processes):
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 def test_shares_are_disjoint_and_whole(count, monkeypatch):
     rows, taken = list(range(count)), []
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    monkeypatch.setattr(together, "world_size", lambda: 3)
     for number in range(3):
-        monkeypatch.setattr(processes, "rank", lambda number=number: number)
-        own = processes.share(rows)
+        monkeypatch.setattr(together, "rank", lambda number=number: number)
+        own = together.share(rows)
         assert own  # a process without a row could not take part
-        taken += own[: processes.own_rows(count)]
+        taken += own[: together.own_rows(count)]
     assert sorted(taken) == rows
 
 
@@ -207,7 +207,7 @@ def test_more_processes_than_gpus_are_refused():
 def test_processes_on_this_machine_use_the_loopback_interface_whatever_else_is_set(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    processes.meet_on_this_machine("gloo", str(Path("meeting").resolve()), 0, 1)
+    together.meet_on_this_machine("gloo", str(Path("meeting").resolve()), 0, 1)
     try:
         loopback = os.environ["GLOO_SOCKET_IFNAME"]
         assert "127.0.0.1" in {found.address for found in psutil.net_if_addrs()[loopback]}
@@ -217,4 +217,4 @@ def test_processes_on_this_machine_use_the_loopback_interface_whatever_else_is_s
 
     monkeypatch.setattr(psutil, "net_if_addrs", dict)
     with pytest.raises(UserError, match=r"need the loopback interface \(127\.0\.0\.1\), which is off"):
-        processes.meet_on_this_machine("gloo", "meeting", 0, 1)
+        together.meet_on_this_machine("gloo", "meeting", 0, 1)
