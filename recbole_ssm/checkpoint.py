@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.places import CHECKPOINTS_REMEDY, writing
 
 try:
     import fcntl
@@ -45,10 +46,18 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     ``state`` may hold tensors, Python's own types, NumPy arrays and SciPy matrices. Modules in it (some of RecBole's
     models list theirs as ``other_parameter``) are left out, for the ``state_dict`` holds their weights.
+
+    Raises:
+        CannotWrite: where the disk or the folder does not take it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    with writing(path, CHECKPOINTS_REMEDY):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        _replace(path, state)
+
+
+def _replace(path: Path, state: dict[str, Any]) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_SCRATCH}")
     try:
         with os.fdopen(handle, "w+b") as file:

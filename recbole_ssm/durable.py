@@ -4,17 +4,14 @@ import math
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_local_time
-from torch.utils.tensorboard import SummaryWriter
 
 from recbole_ssm.checkpoint import (
     check_optimizer_state,
@@ -25,9 +22,10 @@ from recbole_ssm.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from recbole_ssm.curves import Curves, Silence, disk_errors_told_once
 from recbole_ssm.data.identity import check_identity, identity
 from recbole_ssm.distributed import MergedEvaluator, from_all, rank, same_weights, surplus_rows, world_size
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import CannotWrite, UserError
 
 
 @dataclass
@@ -48,22 +46,6 @@ class Timings:
         }
 
 
-class _Silence:
-    """A TensorBoard that nothing is written to."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
-def discard(writer: SummaryWriter) -> None:
-    """Close a TensorBoard, and remove the file that it began and nothing was written to."""
-    begun: dict[str, Any] = writer.all_writers or {}
-    files = [Path(one.event_writer._file_name) for one in begun.values()]
-    writer.close()
-    for file in files:
-        file.unlink(missing_ok=True)
-
-
 class DurableTraining(Trainer):
     """What goes in front of any of RecBole's trainers.
 
@@ -81,10 +63,10 @@ class DurableTraining(Trainer):
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        # RecBole's begins to write, in a thread of its own, whatever follows; it begins anew where something does.
-        discard(self.tensorboard)
+        # RecBole's has begun to write, in a thread of its own, whatever follows.
+        self.tensorboard = Curves(self.tensorboard)
         if rank() > 0:
-            self.tensorboard = _Silence()
+            self.tensorboard = Silence()
         # RecBole names the file by the second, which two runs started together share (as they may their process's
         # number, in two containers).
         name = [f"{config['model']}-{config['dataset']}-{get_local_time()}-{secrets.token_hex(4)}.pth"]
@@ -108,8 +90,8 @@ class DurableTraining(Trainer):
         """See :meth:`recbole.trainer.Trainer.fit`.
 
         Raises:
-            UserError: where the loss became NaN, or weights became infinite; the last checkpoint stays. Where a run
-                is resumed on data that number their items otherwise.
+            UserError: where the loss became NaN, weights became infinite or a checkpoint cannot be written; the last
+                one stays. Where a run is resumed on data that number their items otherwise.
             KeyboardInterrupt: on Ctrl-C, with a message that says how to go on.
         """
         self._train_data = train_data
@@ -132,11 +114,15 @@ class DurableTraining(Trainer):
                 callback_fn(epoch_idx, valid_score)
 
         try:
-            return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
+            with disk_errors_told_once():
+                try:
+                    return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
+                finally:
+                    self.tensorboard.close()  # and its thread
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted in epoch {self._epoch}; {self._kept()}") from None
-        finally:
-            self.tensorboard.close()  # and its thread
+        except CannotWrite as error:
+            raise CannotWrite(f"{error} Training ended in epoch {self._epoch}; {self._kept()}") from error
 
     def _take_random_state(self, train_data: Any) -> None:
         assert self._resume is not None

@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class CannotWrite(UserError):
+    """A file or folder that a run writes and cannot: the disk is full or read-only, or something is in the way."""
+
+
 class BackendUnavailable(UserError, RuntimeError):
     """A backend that was asked for by name and cannot run here."""

@@ -1,28 +1,22 @@
 """Train, test, load: RecBole's ``quick_start`` with its signatures and return values."""
 
-import json
 import logging
-import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from colorama.ansitowin32 import StreamWrapper
 from recbole.data.transform import construct_transform
 from recbole.utils import (
     EvaluatorType,
     calculate_valid_score,
     get_environment,
     get_flops,
-    init_logger,
     init_seed,
     set_color,
 )
@@ -32,74 +26,18 @@ from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.data.identity import check_identity, is_vocabulary
 from recbole_ssm.distributed import rank, world_size
-from recbole_ssm.distributed.launch import launch
+from recbole_ssm.distributed.launch import launch, run_rank
 from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
+from recbole_ssm.logs import start_logging
+from recbole_ssm.places import CHECKPOINTS_REMEDY, check_folder
 from recbole_ssm.registry import MODELS, model_class
+from recbole_ssm.results import Run
 from recbole_ssm.settings.values import is_plain
 from recbole_ssm.trainer import SequenceTrainer, get_trainer
 
-_LOGS: list[logging.Handler] = []  # of the run that was started last
-
-RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
-
-
-@dataclass
-class Run:
-    """One finished run.
-
-    Attributes:
-        config: the configuration it ran with.
-        result: RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
-            ``test_result``.
-        checkpoint: the file that holds the best model, or none where it was not saved.
-        timings: see :meth:`recbole_ssm.durable.Timings.summary`.
-        best_epoch: index of the best epoch.
-    """
-
-    config: Config
-    result: dict[str, Any]
-    checkpoint: str | None
-    timings: dict[str, float | None]
-    best_epoch: int | None = None
-
-    def write(self, file: str | Path) -> None:
-        """Write results, configuration, versions and timings to a JSON file."""
-        report = {
-            "best_valid_result": self.result["best_valid_result"],
-            "test_result": self.result["test_result"],
-            "best_epoch": self.best_epoch,
-            "checkpoint": self.checkpoint,
-            "config": self.config.given,
-            "versions": versions(),
-            **self.timings,
-            **peak_memory(),
-        }
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2, default=float) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that can change a result."""
-    installed = {name.lower(): package.version for package in distributions() if (name := package.name)}
-    found = {package: installed[package] for package in RECORDED_PACKAGES if package in installed}
-    return {"python": platform.python_version(), "platform": platform.platform(), **found}
-
-
-def peak_memory() -> dict[str, int]:
-    """Most bytes held at once by this process, and by its GPU's tensors where there is one."""
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # Windows
-        host = getattr(psutil.Process().memory_info(), "peak_wset", 0)
-    peak = {"peak_memory_bytes": host}
-    if torch.cuda.is_available():
-        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return peak
+# What processes that a script starts itself find one another by.
+PLACES = ("nproc", "world_size", "offset", "ip", "port")
 
 
 def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=None, saved=True, queue=None):
@@ -117,7 +55,7 @@ def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=Non
         dict: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``.
 
     Raises:
-        UserError: for settings or data that cannot be used.
+        UserError: for settings, data or folders that cannot be used.
     """
     run = train_and_test(Config(model, dataset, config_file_list, config_dict), saved=saved)
     if queue is not None and run.config["local_rank"] == 0:
@@ -142,7 +80,7 @@ def train_and_test(
         test: whether to read the test set; without it the result of the test is None.
     """
     with nullcontext() if resume_file is None else _settings_of(resume_file):
-        trainer, loaders = prepare(config)
+        trainer, loaders = prepare(config, saved=saved)
         return fit(trainer, loaders, saved, resume_file, callback_fn, test)
 
 
@@ -179,17 +117,20 @@ def fit(
     return Run(config, result, checkpoint, timings, getattr(trainer, "best_epoch", None))
 
 
-def prepare(config: Config, dataset=None):
+def prepare(config: Config, dataset=None, saved: bool = True):
     """All that a run has before its first step.
 
     Args:
         config: the configuration.
         dataset: the filtered data, where they are loaded already.
+        saved: whether the model is to be saved.
 
     Returns:
         The trainer of a freshly initialised model, and the training, validation and test loaders.
     """
     logger = start_logging(config)
+    if saved or config["save_dataset"]:
+        check_folder(config["checkpoint_dir"], CHECKPOINTS_REMEDY)
     dataset, loaders = load_data(config, dataset)
     model = build_model(config, loaders[0])
     logger.info(model)
@@ -286,34 +227,6 @@ def _settings_of(file: str, name: bool = False) -> Iterator[None]:
         ) from error
 
 
-def start_logging(config: Config) -> logging.Logger:
-    """Seed the random generators, start RecBole's log, and log the configuration."""
-    init_seed(config["seed"], config["reproducibility"])
-    for folder in (f"log/{config['model']}", config["checkpoint_dir"]):
-        Path(folder).mkdir(parents=True, exist_ok=True)  # RecBole's way fails where another process is first
-    logger = logging.getLogger()
-    _end_logs(logger)
-    others = logger.handlers[:]
-    init_logger(config)
-    _LOGS.extend(handler for handler in logger.handlers if handler not in others)
-    logger.info(sys.argv)
-    logger.info(config)
-    logger.info("Property files: " + ", ".join(f"{file.parent.name}/{file.name}" for file in config.property_files))
-    return logger
-
-
-def _end_logs(logger: logging.Logger) -> None:
-    """Undo what RecBole's ``init_logger`` did for the run before: as it is, the next run's file would stay empty."""
-    while _LOGS:
-        handler = _LOGS.pop()
-        logger.removeHandler(handler)
-        handler.close()
-    while isinstance(sys.stdout, StreamWrapper):  # anew each time, until Python's stack is too small
-        sys.stdout = sys.stdout._StreamWrapper__wrapped
-    while isinstance(sys.stderr, StreamWrapper):
-        sys.stderr = sys.stderr._StreamWrapper__wrapped
-
-
 def load_data(config: Config, dataset=None):
     """The filtered dataset (``dataset`` where it is loaded already), and its training, validation and test loaders."""
     dataset = create_dataset(config) if dataset is None else dataset
@@ -402,6 +315,47 @@ def run(
     configuration, settings = partial(Config, model, dataset, config_file_list), config_dict or {}
     job = partial(train_by_settings, configuration, saved=saved)
     return launch(job, configuration(settings), settings, nproc, world_size, ip, port, group_offset)
+
+
+def run_recboles(rank, *args):
+    """One of several processes that a script starts itself, as :func:`recbole.quick_start.run_recboles`.
+
+    Args:
+        rank (int): its number on this machine.
+        args: model, dataset and config files of :func:`run_recbole`, and a dict of its other arguments, ``saved``,
+            ``queue`` and ``config_dict``, with :data:`PLACES` in it as :func:`recbole.quick_start.run` gives them.
+
+    Raises:
+        UserError: where the last one is none or ``config_dict`` does not say how the processes find one another.
+        SystemExit: where the process fails, with the reason in the ``queue``.
+    """
+    *given, keywords = args
+    settings = (keywords.get("config_dict") or {}) if isinstance(keywords, dict) else {}
+    missing = [name for name in PLACES if name not in settings]
+    if missing:
+        raise UserError(f"run_recboles takes a dict last, whose config_dict lacks {', '.join(missing)}.")
+    configuration = partial(Config, *given[:3])
+    job = partial(train_by_settings, configuration, saved=keywords.get("saved", True))
+    run_rank(rank, job, settings, keywords.get("queue") or torch.multiprocessing.get_context("spawn").SimpleQueue())
+
+
+def objective_function(config_dict=None, config_file_list=None, saved=True):
+    """One trial of RecBole's ``HyperTuning`` or of a search of one's own, as RecBole's of the same name.
+
+    Args:
+        config_dict (dict): settings of the trial, ``model`` and ``dataset`` among them or in the files.
+        config_file_list (list of str): YAML files with settings.
+        saved (bool): see :func:`run_recbole`.
+
+    Returns:
+        dict: RecBole's result and the ``model``. In a trial of Ray Tune the test's metrics are reported to it, too.
+    """
+    run = train_and_test(Config(config_file_list=config_file_list, config_dict=config_dict), saved=saved)
+    if (tune := sys.modules.get("ray.tune")) is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Ray, where this is none of its trials
+            tune.report(dict(run.result["test_result"]))
+    return {"model": run.config["model"], **run.result}
 
 
 def train_by_settings(

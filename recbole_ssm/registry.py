@@ -2,7 +2,8 @@
 
 RecBole finds a model as the class ``Name`` in the module ``recbole.model.<family>.<name in lower case>``, its dataset
 as ``NameDataset`` in ``recbole.data.dataset`` and its trainer as ``NameTrainer`` in ``recbole.trainer``.
-:func:`register` adds our names to these places, and replaces none.
+:func:`register` adds our names to these places, and replaces none. What it does replace are functions that could not do
+with our models, or on today's stack, what they are documented to do: :data:`QUICK_START` and ``full_sort_scores``.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import sys
 import recbole.data.dataset
 import recbole.model
 import recbole.trainer
+import recbole.utils.case_study
 import torch
 from recbole.utils import get_model
 
@@ -23,9 +25,12 @@ MODELS = {
     "Mamba4Rec": "recbole_ssm.models.mamba4rec",
 }
 
+# RecBole's functions that build all by names of their own module, where nothing can be added.
+QUICK_START = ("run", "run_recbole", "run_recboles", "load_data_and_model", "objective_function")
+
 
 def register() -> None:
-    """Make every model of :data:`MODELS` known to RecBole's own look-ups by name."""
+    """Make every model of :data:`MODELS` known to RecBole's own look-ups by name, and to its quick start."""
     # RecBole's look-up imports all its sequential models, and one of them (SINE) switches torch's anomaly detection on
     # for the whole process, which slows every model's backward pass down. It did so before now where RecBole was
     # imported first; whoever wants it switches it on after this import.
@@ -44,6 +49,30 @@ def register() -> None:
         ):
             if not hasattr(home, name + suffix):
                 setattr(home, name + suffix, cls)
+    _take_quick_start()
+    _take_case_study()
+
+
+def _take_quick_start() -> None:
+    """Let :mod:`recbole.quick_start` be ours, by its signatures; so it comes without Ray, which RecBole's imports."""
+    from recbole_ssm import quick_start
+
+    theirs = sys.modules.get("recbole.quick_start.quick_start")
+    sys.modules["recbole.quick_start.quick_start"] = quick_start
+    package = importlib.import_module("recbole.quick_start")
+    functions = {name: getattr(quick_start, name) for name in QUICK_START}
+    vars(package).update(functions, quick_start=quick_start)
+    if theirs not in (None, quick_start):
+        # Functions that somebody has taken from it already go on in it.
+        names = ("Config", "create_dataset", "data_preparation", "get_trainer")
+        vars(theirs).update(functions, **{name: getattr(quick_start, name) for name in names})
+
+
+def _take_case_study() -> None:
+    """Let ``full_sort_scores`` of :mod:`recbole.utils.case_study`, and all that call it there, be ours."""
+    from recbole_ssm.data import full_ranking
+
+    recbole.utils.case_study.full_sort_scores = full_ranking.full_sort_scores
 
 
 def model_class(config) -> type:

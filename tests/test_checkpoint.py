@@ -17,6 +17,7 @@ import torch
 
 from recbole_ssm import Config, UserError, load_data_and_model, run_recbole
 from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from recbole_ssm.errors import CannotWrite
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
 from recbole_ssm.registry import MODELS
 
@@ -76,7 +77,7 @@ def test_a_failed_write_leaves_the_last_good_file(monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", dying)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CannotWrite, match=r"x\.pth cannot be written \(disk full\): make room there"):
         save_checkpoint("x.pth", {"epoch": 2})
     assert load_checkpoint("x.pth")["epoch"] == 1
     assert [path.name for path in Path().iterdir()] == ["x.pth"]

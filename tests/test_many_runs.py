@@ -61,8 +61,18 @@ def test_no_processes_are_refused(count):
 def test_processes_end_with_their_launcher():
     write_dataset("tiny", random_rows())
     words = [f"--{key}={value}" for key, value in small_settings("Mamba4Rec").items()]
-    command = [sys.executable, "-m", "recbole_ssm", "-m", "Mamba4Rec", "-d", "tiny", "--data_path=dataset", *words]
-    command += ["--nproc=2", "--epochs=100000", "--stopping_step=100000", "--show_progress=False"]
+    # As a shell starts what a script puts into the background; else torch sends SIGINT to processes that lose theirs.
+    command = ["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, "-m", "recbole_ssm", "-m", "Mamba4Rec"]
+    command += [
+        "-d",
+        "tiny",
+        "--data_path=dataset",
+        *words,
+        "--nproc=2",
+        "--epochs=100000",
+        "--stopping_step=100000",
+        "--show_progress=False",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert job.stderr is not None
@@ -75,6 +85,9 @@ def test_processes_end_with_their_launcher():
     job.wait()
     job.stderr.close()
     _, alive = psutil.wait_procs(workers, timeout=20)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in left:
+        process.kill()
+    assert left == []
     begun = len(list(Path("log_tensorboard").rglob("events*")))
     assert begun == 1  # the first process's alone

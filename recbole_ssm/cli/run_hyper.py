@@ -61,13 +61,13 @@ def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     args, rest = build_parser().parse_known_args()
     warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
-    from recbole_ssm.errors import UserError
+    from recbole_ssm.errors import CannotWrite, UserError
 
     try:
         _search(args, parse_settings(rest))
     except UserError as error:
         print(f"run_hyper: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, CannotWrite) else 2
     except KeyboardInterrupt:
         print("\nrun_hyper: interrupted.", file=sys.stderr)
         return 130
@@ -76,8 +76,12 @@ def main() -> int:
 
 def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
     from recbole_ssm.errors import UserError
+    from recbole_ssm.places import check_file, writing
     from recbole_ssm.search import Search, resume, tune
 
+    for option in ("output_file", "display_file"):
+        if file := getattr(args, option):
+            check_file(file, f"name another --{option}")
     options = {
         name: value
         for name in (
@@ -103,11 +107,14 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
 
     folder = Path(results.experiment_path)
     search = Search.read(folder)
-    winner = write_report(results, search, folder)
+    with writing(folder, f"the trials are kept there; make room, then: run_hyper --resume {folder}"):
+        winner = write_report(results, search, folder)
     if args.output_file:
-        write_recboles(args.output_file, results, search, winner)
+        with writing(args.output_file, f"all trials are in {folder}"):
+            write_recboles(args.output_file, results, search, winner)
     if args.display_file:
-        shutil.copyfile(folder / PICTURES, args.display_file)
+        with writing(args.display_file, f"the pictures are in {folder}"):
+            shutil.copyfile(folder / PICTURES, args.display_file)
     ends = statuses(results)
     print(", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)))
     print("best params: " + ", ".join(f"{name}: {value}" for name, value in winner["params"].items()))

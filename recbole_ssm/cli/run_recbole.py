@@ -103,7 +103,8 @@ def main() -> int:
     from recbole_ssm import quick_start
     from recbole_ssm.config import Config
     from recbole_ssm.distributed.launch import launch
-    from recbole_ssm.errors import UserError
+    from recbole_ssm.errors import CannotWrite, UserError
+    from recbole_ssm.places import check_file
     from recbole_ssm.registry import list_models
 
     if args.list_models:
@@ -135,6 +136,8 @@ def main() -> int:
 
             train_on_ray(model, dataset, files, settings, args.nproc, args.address)
             return 0
+        if args.result_file:
+            check_file(args.result_file, "name another --result_file")
         if args.nproc != 1 or args.world_size > 0:
             if args.checkpoint:
                 raise UserError("--mode evaluate runs in one process: leave --nproc out.")
@@ -159,7 +162,7 @@ def main() -> int:
             run.write(args.result_file)
     except UserError as error:
         print(f"run_recbole: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, CannotWrite) else 2
     except KeyboardInterrupt as interrupt:
         print(f"\nrun_recbole: {interrupt or 'interrupted.'}", file=sys.stderr)
         return 130

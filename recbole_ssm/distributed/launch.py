@@ -65,13 +65,13 @@ def launch(
 def _run(job, settings):
     nproc = settings["nproc"]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    workers = torch.multiprocessing.spawn(_run_rank, (job, settings, queue), nproc, join=False)
+    workers = torch.multiprocessing.spawn(run_rank, (job, settings, queue), nproc, join=False)
     try:
         while not workers.join():
             pass
     except ProcessExitedException as error:
         if not queue.empty():
-            raise UserError(queue.get()) from error
+            raise queue.get() from error
         how = error.signal_name or f"exit code {error.exit_code}"
         raise UserError(
             f"process {error.error_index} of {nproc} died ({how}) and the others were stopped; the log names the "
@@ -80,7 +80,15 @@ def _run(job, settings):
     return queue.get()
 
 
-def _run_rank(rank, job, settings, queue):
+def run_rank(rank: int, job: Callable[[dict[str, Any]], Any], settings: dict[str, Any], queue: Any) -> None:
+    """Run a job as one of several processes of this machine; see :func:`launch`.
+
+    Args:
+        rank: number of the process on this machine.
+        job: see :func:`launch`.
+        settings: those of all processes; ``nproc`` among them.
+        queue: where the first process puts what the job returned, and any process the :class:`UserError` that ends it.
+    """
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     # Each process would take all cores, by torch and by numba.
     torch.set_num_threads(max(1, torch.get_num_threads() // settings["nproc"]))
@@ -88,7 +96,7 @@ def _run_rank(rank, job, settings, queue):
     try:
         result = job({**settings, "local_rank": rank})
     except UserError as error:
-        queue.put(f"process {rank}: {error}")
+        queue.put(type(error)(f"process {rank}: {error}"))
         sys.exit(1)
     if rank == 0:
         queue.put(result)
@@ -97,7 +105,6 @@ def _run_rank(rank, job, settings, queue):
 
 def _end_with_launcher():
     """Wait for the launcher's end, of which a process that waits for the others in a collective learns nothing."""
-    launcher = parent_process()
-    assert launcher is not None
-    wait([launcher.sentinel])
-    os._exit(1)
+    if (launcher := parent_process()) is not None:
+        wait([launcher.sentinel])
+        os._exit(1)

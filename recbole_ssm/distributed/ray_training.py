@@ -19,6 +19,7 @@ from recbole_ssm.distributed.ray_cluster import (
     start_ray,
 )
 from recbole_ssm.errors import UserError
+from recbole_ssm.places import CHECKPOINTS_REMEDY, check_folder
 from recbole_ssm.quick_start import fit, prepare
 
 # How often the processes are started again before the run is given up.
@@ -53,6 +54,7 @@ def train_on_ray(
         raise UserError(f"--nproc is {nproc}: at least one process is needed.")
     with all_gpus_visible():
         config = Config(model, dataset, config_file_list, config_dict)
+    check_folder(config["checkpoint_dir"], CHECKPOINTS_REMEDY)
     start_ray(address)
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError

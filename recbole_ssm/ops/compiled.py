@@ -1,7 +1,11 @@
 """What the compiled CPU paths share: how numba compiles them, and how they divide packed sequences among threads."""
 
+import logging
+from contextlib import suppress
+
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 # Each of at most this many groups of sequences is one thread's work. Sums over sequences are taken per group and then
 # over the groups in order, so the result does not depend on how many threads ran; 32 groups keep up to 32 cores busy.
@@ -15,10 +19,22 @@ part = numba.njit(**_OPTIONS)
 
 def compiled(function):
     """Compile a kernel that is called from Python and loops over groups of sequences with ``prange``."""
-    try:
-        return numba.njit(function, cache=True, parallel=True, **_OPTIONS)
-    except RuntimeError:  # neither this folder nor the user's cache can be written: compile anew in each process
-        return numba.njit(function, parallel=True, **_OPTIONS)
+    kernel = numba.njit(function, parallel=True, **_OPTIONS)
+    with suppress(RuntimeError):  # neither this folder nor the user's cache can be written: compile anew each time
+        kernel._cache = _Cache(function)  # as cache=True would, with numba's own
+    return kernel
+
+
+class _Cache(FunctionCache):
+    """Numba's, which lets a kernel that was compiled be used where a full disk does not take it."""
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            logging.getLogger().warning(
+                f"{self.cache_path} cannot be written ({error}): kernels are compiled anew in each process."
+            )
 
 
 @numba.njit(fastmath=True, inline="always")

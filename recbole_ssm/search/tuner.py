@@ -11,6 +11,7 @@ from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.distributed.ray_cluster import all_gpus_visible, start_ray
 from recbole_ssm.errors import UserError
+from recbole_ssm.places import LOGS_REMEDY, check_folder
 from recbole_ssm.search.definition import FOLDER_PREFIX, METRIC, Search
 from recbole_ssm.search.space import Parameter, Space, read_space, search_file, space_of
 from recbole_ssm.settings import near
@@ -68,6 +69,8 @@ def tune(
     folder = Path(storage_path).resolve() / name
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another name, or resume that search.")
+    check_folder(folder.parent, "choose another folder (--storage_path)")
+    check_folder(f"log/{config['model']}", LOGS_REMEDY)
     start_ray(address)
     trainable = _trainable(search)
     search.write(folder)

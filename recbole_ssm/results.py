@@ -1,0 +1,86 @@
+"""What a finished run has to tell, and its file."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from recbole_ssm.config import Config
+from recbole_ssm.errors import CannotWrite
+from recbole_ssm.places import writing
+
+RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        config: the configuration it ran with.
+        result: RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
+            ``test_result``.
+        checkpoint: the file that holds the best model, or none where it was not saved.
+        timings: see :meth:`recbole_ssm.durable.Timings.summary`.
+        best_epoch: index of the best epoch.
+    """
+
+    config: Config
+    result: dict[str, Any]
+    checkpoint: str | None
+    timings: dict[str, float | None]
+    best_epoch: int | None = None
+
+    def write(self, file: str | Path) -> None:
+        """Write results, configuration, versions and timings to a JSON file.
+
+        Raises:
+            CannotWrite: where that fails; what should stand there is printed.
+        """
+        report = {
+            "best_valid_result": self.result["best_valid_result"],
+            "test_result": self.result["test_result"],
+            "best_epoch": self.best_epoch,
+            "checkpoint": self.checkpoint,
+            "config": self.config.given,
+            "versions": versions(),
+            **self.timings,
+            **peak_memory(),
+        }
+        path, text = Path(file), json.dumps(report, indent=2, default=float)
+        kept = "" if self.checkpoint is None else f", and the model is in {self.checkpoint}"
+        try:
+            with writing(path, f"the result is printed instead{kept}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text + "\n")
+        except CannotWrite:
+            print(text)
+            raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that can change a result."""
+    installed = {name.lower(): package.version for package in distributions() if (name := package.name)}
+    found = {package: installed[package] for package in RECORDED_PACKAGES if package in installed}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes held at once by this process, and by its GPU's tensors where there is one."""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # Windows
+        host = getattr(psutil.Process().memory_info(), "peak_wset", 0)
+    peak = {"peak_memory_bytes": host}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
