@@ -3,6 +3,7 @@
 import argparse
 
 from benchmarks import accuracy, experiments, gpu, history, ops, profile, search, speed
+from recbole_ssm.errors import UserError
 
 
 def main() -> None:
@@ -22,7 +23,10 @@ def main() -> None:
         commands.add_parser("gpu", help="all that a machine with a GPU is needed for, in parts of minutes")
     )
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -42,21 +42,33 @@ def peak_bytes(function: Callable[[], object], cuda: bool) -> int | None:
 
     On a GPU as torch's allocator counts it; on a CPU as the process's resident set grows (Linux).
     """
+    before = mark_peak(cuda)
+    function()
+    return peak_since(before, cuda)
+
+
+def mark_peak(cuda: bool) -> int | None:
+    """What is held now, for :func:`peak_since`; peaks are counted anew from here."""
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         CLEAR_REFS.write_text("5")
     except OSError:
         return None
-    before = resident("VmRSS")
-    function()
-    return max(0, resident("VmHWM") - before)
+    return resident("VmRSS")
+
+
+def peak_since(mark: int | None, cuda: bool) -> int | None:
+    """The peak since :func:`mark_peak`, above what was held then."""
+    if mark is None:
+        return None
+    if cuda:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - mark
+    return max(0, resident("VmHWM") - mark)
 
 
 def resident(field: str) -> int:

@@ -274,8 +274,8 @@ def test_pages_say_the_same_twice(tmp_path):
     assert "| name | x |\n| --- | ---: |\n| a | **.5** |" in text
     assert "![Dots](images/dots.svg)" in text
     assert "<h1>A &amp; B</h1>" in html
-    assert "<b>Bold</b> <code>a &lt; b</code>" in html
-    assert "<td><b>.5</b></td>" in html
+    assert "<strong>Bold</strong> <code>a &lt; b</code>" in html
+    assert '<td style="text-align:right"><strong>.5</strong></td>' in html
     assert "<li>two</li>" in html
     assert html.count("<svg") == 1
     assert '<a href="b.md">a link</a>' in html

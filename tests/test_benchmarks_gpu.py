@@ -19,6 +19,7 @@ from benchmarks import __main__, gpu, outside
 from benchmarks.gpu import check, jobs, peers, subjects
 from benchmarks.gpu.jobs import Lane
 from benchmarks.ops import timed_case
+from benchmarks.peers.client import Package
 from benchmarks.speed.authors import deviation
 from recbole_ssm import ops
 from recbole_ssm.cli import run_recbole
@@ -368,6 +369,17 @@ def test_peers(here, monkeypatch, capsys, tmp_path):
         assert row["targets_per_s"]["theirs"] > 0
         assert row["times_as_fast"].keys() == row["targets_per_s"].keys()
     assert "| Mamba4Rec | ours, the same rows |" in capsys.readouterr().out
+
+
+def test_rectools_beside_ours(here, monkeypatch):
+    monkeypatch.setattr(peers, "RECTOOLS", Package("tests.fake_peer", "SASRec, RecTools"))
+    write_dataset("tiny", random_rows())
+    settings = {"hidden_size": 16, "MAX_ITEM_LIST_LENGTH": 10, "train_batch_size": 64}
+    about = {"device": "cpu", "quick": True, "data_path": str(Path("dataset").resolve()), "dataset": "tiny"}
+    row = peers.measure_peer({**about, "settings": settings}, "RecTools")
+    assert row["times_as_fast"].keys() == {"ours, float32"}
+    theirs, ours = row["targets_per_s"]["theirs"], row["targets_per_s"]["ours, float32"]
+    assert row["times_as_fast"]["ours, float32"] == pytest.approx(ours / theirs)
 
 
 def test_scores_that_differ_are_noticed():

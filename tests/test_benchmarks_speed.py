@@ -5,13 +5,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from benchmarks import __main__, plots, speed
-from benchmarks.environment import slug
-from benchmarks.speed import accuracy, catalogue, contenders, evaluation
+from benchmarks.environment import environment, slug
+from benchmarks.peers.client import Package, write_histories
+from benchmarks.speed import accuracy, batches, catalogue, contenders, evaluation, training
 from benchmarks.speed.data import write_interactions
+from recbole_ssm.errors import UserError
 from tests.conftest import random_rows, write_dataset
 
 SMALL = ("hidden_size=16", "MAX_ITEM_LIST_LENGTH=10", "train_batch_size=64", "eval_batch_size=64")
@@ -38,7 +41,15 @@ def image(part: str) -> Path:
     return path
 
 
-def test_training(monkeypatch):
+@pytest.fixture
+def quick_search(monkeypatch):
+    monkeypatch.setattr(batches, "SECONDS_A_TRIAL", 0.01)
+    monkeypatch.setattr(training, "SECONDS_A_ROUND", 0.01)
+    monkeypatch.setitem(batches.LADDERS, "rows", [16, 32])
+    monkeypatch.setitem(batches.LADDERS, "targets", [32, 64])
+
+
+def test_training(monkeypatch, quick_search):
     found = run(monkeypatch, "--parts", "training", "--models", "SASRec", "STARRec", "Mamba4Rec", "SSD4Rec")
     part = found["parts"]["training"]
     assert {"commit", "date", "settings", "protocol"} <= part.keys()
@@ -46,8 +57,10 @@ def test_training(monkeypatch):
     shipped = f"{contenders.RECBOLE}, anomaly detection on"
     ours = [contenders.SEQUENCE_MODE, "STARRec", "Mamba4Rec", "SSD4Rec, prefix rows"]
     assert list(rows) == [contenders.RECBOLE, shipped, *ours]
-    assert rows[contenders.RECBOLE]["ratio"] == {"median": 1, "least": 1, "largest": 1}
-    assert all(row["targets_per_s"]["median"] > 0 and row["ratio"]["median"] > 0 for row in rows.values())
+    assert rows[contenders.RECBOLE]["ratio"] == {contenders.RECBOLE: {"median": 1, "least": 1, "largest": 1}}
+    assert all(row["targets_per_s"]["median"] > 0 for row in rows.values())
+    assert all(row["ratio"][contenders.RECBOLE]["median"] > 0 for row in rows.values())
+    assert not any(row["search"] for row in rows.values())  # one that is set is searched by none
     assert all(row["train_batch_size"] == 64 and row["hidden_size"] == 16 for row in rows.values())
     assert part["settings"]["MAX_ITEM_LIST_LENGTH"] == 10
     assert "SASRec, RecBole" in image("training").read_text()
@@ -55,11 +68,126 @@ def test_training(monkeypatch):
     assert not torch.is_anomaly_enabled()
 
 
-def test_rows_on_a_cpu_are_fewer_unless_they_are_set(monkeypatch):
-    arguments = Namespace(dataset="tiny", data_path=str(Path("dataset").resolve()), settings={"use_gpu": "False"})
-    assert contenders.recboles_sasrec(arguments).config["train_batch_size"] == contenders.RECBOLE_ROWS_ON_A_CPU
-    arguments.settings["train_batch_size"] = "64"
-    assert contenders.recboles_sasrec(arguments).config["train_batch_size"] == 64
+def test_every_contender_trains_at_its_own_best_batch(monkeypatch, quick_search):
+    for name in ("RECTOOLS", "REPLAY"):
+        package = getattr(training, name)
+        monkeypatch.setattr(training, name, Package("tests.fake_peer", package.contender))
+    words = ("--parts", "training", "--models", "Mamba4Rec", "--rectools", sys.executable, "--replay", sys.executable)
+    part = run(monkeypatch, *words, settings=SMALL[:2])["parts"]["training"]
+    rows = {row["contender"]: row for row in part["rows"]}
+    shipped = f"{contenders.RECBOLE}, anomaly detection on"
+    assert list(rows) == ["SASRec, RecTools", "SASRec, RePlay", contenders.RECBOLE, shipped, "Mamba4Rec"]
+    for row in rows.values():
+        assert row["ratio"].keys() == {"SASRec, RecTools", "SASRec, RePlay", contenders.RECBOLE}
+        assert row["targets_per_s"]["median"] > 0
+        tried = {at["batch"]: at["targets_per_s"] for at in row["search"]}
+        assert row["contender"] == shipped or row["train_batch_size"] == max(tried, key=tried.__getitem__)
+    assert rows[shipped]["train_batch_size"] == rows[contenders.RECBOLE]["train_batch_size"]
+    for name in ("SASRec, RecTools", "SASRec, RePlay"):
+        assert rows[name]["ratio"][name]["median"] == 1
+        assert [at["batch"] for at in rows[name]["search"]] == [4, 8, 16]
+        assert (rows[name]["batch_of"], rows[name]["train_batch_size"], rows[name]["parameters"]) == (
+            "sequences",
+            8,
+            34,
+        )
+        assert part["settings"][name].startswith(torch.__version__)
+    assert [at["batch"] for at in rows["Mamba4Rec"]["search"]] == [32, 64]
+    page = Path("page.md").read_text()
+    assert "| times RecTools | times RePlay | times RecBole's rows |" in page
+    assert "| contender | in | 4 | 8 | 16 | 32 | 64 |" in page
+
+
+def test_a_peer_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setattr(training, "RECTOOLS", Package("tests.no_such_peer", "SASRec, RecTools"))
+    with pytest.raises(
+        SystemExit, match=r"(?s)RecTools ended by itself; .* must have it.*No module named tests.no_such"
+    ):
+        run(monkeypatch, "--parts", "training", "--models", "Mamba4Rec", "--rectools", sys.executable)
+    with pytest.raises(SystemExit, match="nowhere/python is no Python that can be run"):
+        run(monkeypatch, "--parts", "training", "--replay", "nowhere/python")
+
+
+def test_peers_are_given_the_histories_that_ours_reads():
+    settings = dict(setting.split("=") for setting in SMALL)
+    arguments = Namespace(dataset="tiny", data_path=str(Path("dataset").resolve()), settings=settings)
+    train_data = contenders.contender(arguments, "SASRec").train_data
+    write_histories(train_data, Path("histories.csv"))
+    found = pd.read_csv("histories.csv")
+    assert len(found) - found["user"].nunique() == train_data.num_targets
+    tokens = train_data._dataset.field2id_token["item_id"]
+    ours = {tuple(tokens[rows["item"]]) for _, rows in found.groupby("user")}
+    lines = [row.split("\t") for row in random_rows()]
+    written = {}
+    for user, item, _ in sorted(lines, key=lambda line: int(line[2])):
+        written.setdefault(user, []).append(item)
+    assert ours == {tuple(items[:-2]) for items in written.values()}  # but the last two, which leave-one-out holds back
+    assert all(list(rows["timestamp"]) == list(range(len(rows))) for _, rows in found.groupby("user"))
+
+
+class Toy:
+    """A contender whose rate is told by its batch; each trial's rate is the next of those given for it."""
+
+    unit, steps, num_targets = "rows", 1, 0
+
+    def __init__(self, rates, peak=None):
+        self.rates, self.bytes, self.batch, self.tried = rates, peak, 0, []
+
+    def set_batch(self, batch):
+        if batch not in self.rates:
+            raise torch.OutOfMemoryError
+        self.batch = batch
+        self.tried.append(batch)
+
+    def take(self):
+        self.num_targets = self.steps * self.batch
+
+    def peak(self):
+        self.take()
+        return self.bytes and self.bytes * self.batch
+
+    def rate(self):
+        self.take()
+        rates = self.rates[self.batch]
+        if self.steps > 1 and len(rates) > 1:
+            return rates.pop(0)
+        return rates[0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "peak", "best", "tried"),
+    [
+        ({2: [50], 4: [100], 8: [90], 16: [60], 32: [40], 64: [999]}, None, 4, [2, 4, 8, 16, 32]),
+        ({2: [50], 4: [100], 8: [60], 16: [95], 32: [120], 64: [110]}, None, 32, [2, 4, 8, 16, 32, 64]),
+        ({2: [50], 4: [95], 8: [100, 80], 16: [90, 120], 32: [70], 64: [60]}, None, 16, [2, 4, 8, 16, 32, 64]),
+        ({2: [50], 4: [60]}, None, 4, [2, 4]),  # the next is out of memory
+        ({2: [50], 4: [60], 8: [70], 16: [80]}, 2**30, 8, [2, 4, 8]),  # 16 would need 16 GiB of 20
+    ],
+)
+def test_the_best_batch(monkeypatch, rates, peak, best, tried):
+    monkeypatch.setattr(batches, "of_round", lambda toy: toy.rate())
+    monkeypatch.setattr(batches.psutil, "virtual_memory", lambda: Namespace(available=20 * 2**30))
+    toy = Toy(rates, peak)
+    found = batches.best_batch(toy, [2, 4, 8, 16, 32, 64], cuda=False)
+    assert toy.batch == best == max(found, key=found.__getitem__)
+    assert list(found) == tried
+
+
+def test_no_batch_that_fits(monkeypatch):
+    with pytest.raises(UserError, match="2 rows, does not fit"):
+        batches.best_batch(Toy({}), [2, 4], cuda=False)
+
+
+def test_a_batch_that_is_set_is_taken():
+    settings = dict(setting.split("=") for setting in SMALL)
+    arguments = Namespace(dataset="tiny", data_path=str(Path("dataset").resolve()), settings=settings)
+    for each in (contenders.recboles_sasrec(arguments), contenders.contender(arguments, "SASRec")):
+        steps = contenders.Steps(each)
+        steps.set_batch(32)
+        steps.take()
+        assert 32 <= steps.num_targets < 32 + 10
+        assert each.settings()["train_batch_size"] == 32
+        assert sum(len(batch) for batch in each.train_data) == each.num_targets
 
 
 def test_steps_go_on_over_the_end_of_an_epoch():
@@ -222,6 +350,10 @@ def test_accuracy_goes_on_where_it_was_interrupted(monkeypatch):
     most = 100
     run(monkeypatch, *words, settings=(*SMALL, "d_state=4"))
     assert len(ran) == 4  # other settings are another experiment
+    ran.clear()
+    monkeypatch.setattr(speed, "environment", lambda: {**environment(), "device": "another"})
+    run(monkeypatch, *words, settings=(*SMALL, "d_state=4"))
+    assert len(ran) == 4  # and so is another device
 
 
 def test_a_part_measured_anew_replaces_itself_alone(monkeypatch):
@@ -234,8 +366,15 @@ def test_a_part_measured_anew_replaces_itself_alone(monkeypatch):
     page = Path("page.md").read_text()
     assert page.count("### Speed and memory on") == 1
     assert "#### Longer sequences" in page
+    assert ", on " not in page
     monkeypatch.setattr(speed, "environment", lambda: {**both["environment"], "device": "another"})
-    assert list(run(monkeypatch, *lengths)["parts"]) == ["lengths"]  # others' figures would not be comparable
+    parts = run(monkeypatch, *lengths)["parts"]
+    devices = ["another", both["environment"]["device"]]
+    assert [(name, part["device"]) for name, part in parts.items()] == list(zip(both["parts"], devices, strict=True))
+    page = Path("page.md").read_text()
+    assert page.count(f", on {devices[1]} with torch") == 1
+    assert f"targets, {devices[1]}" in image("catalogue").read_text()
+    assert "tokens, another" in image("lengths").read_text()
 
 
 @pytest.mark.parametrize("log", [True, False])

@@ -62,8 +62,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def begin() -> None:
     """What every command that makes runs and pages does first."""
-    if importlib.util.find_spec("matplotlib") is None:  # known before anything is trained
-        raise SystemExit("the pictures need matplotlib: pip install 'recbole-ssm[bench]'")
+    needed = ("matplotlib", "jinja2", "markdown_it")
+    if not all(importlib.util.find_spec(name) for name in needed):  # known before anything is trained
+        raise SystemExit("the pages need matplotlib, jinja2 and markdown-it-py: pip install 'recbole-ssm[bench]'")
     del sys.argv[1:]  # RecBole reads settings from there, and these options are none
     hush()
 

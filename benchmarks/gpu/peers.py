@@ -1,18 +1,16 @@
 """The models beside their authors' code, and SASRec beside RecTools': equal outputs first, then speed."""
 
 import importlib.util
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from benchmarks.gpu import grid
 from benchmarks.gpu.jobs import Lane, Row
 from benchmarks.gpu.subjects import PRECISIONS, arguments_of, built
+from benchmarks.peers.client import RECTOOLS, Peer
 from benchmarks.speed.authors import (
     MAMBA4REC_NAMES,
     SSD4REC_NAMES,
@@ -21,6 +19,7 @@ from benchmarks.speed.authors import (
     released_mamba4rec,
     released_ssd4rec,
 )
+from benchmarks.speed.batches import Trained, best_batch, choose_steps, of_round
 from benchmarks.speed.contenders import Contender, Steps, ratios, wall_rounds
 
 LIMIT_S = 70.0
@@ -32,8 +31,8 @@ PROTOCOL = {
     "ratios are medians over rounds",
     "rows": "SSD4Rec: both one target a row, 1,024 a step. Mamba4Rec: theirs 2,048 padded rows a step, ours the same "
     "rows packed, and whole histories",
-    "RecTools": "SASRecModel, softmax over all items, whole histories: the time of three epochs less that of one, over "
-    "two; its loss counts each history's latest 200 targets",
+    "RecTools": "SASRecModel, softmax over all items, whole histories, in a process of its own at the fastest of a few "
+    "batches; its loss counts each history's latest 200 targets",
 }
 
 
@@ -90,60 +89,26 @@ def _compared(about: Row, theirs: Contender, ours: dict[str, Contender]) -> Row:
 
 
 def _rectools(about: Row) -> Row:
-    """RecTools' SASRec, as large as ours and as RecBole's: two blocks, two heads, whole histories."""
-    import torch
-    from rectools import Columns
-    from rectools.dataset import Dataset
-    from rectools.models import SASRecModel
-
+    """RecTools' SASRec, as large as ours and as RecBole's, whole histories, at its own best batch."""
     ours = built(about, "SASRec")
-    length = ours.config["MAX_ITEM_LIST_LENGTH"]
-    rows = _histories(ours.train_data)
-    places = np.concatenate([np.arange(len(row)) for row in rows])
-    table = pd.DataFrame({
-        Columns.User: np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
-        Columns.Item: np.concatenate(rows),
-        Columns.Weight: 1.0,
-        Columns.Datetime: pd.Timestamp("2020-01-01") + pd.to_timedelta(places, "s"),
-    })  # fmt: skip
-    data = Dataset.construct(table)
-    targets = sum(min(len(row) - 1, length) for row in rows)
-
-    def fit(epochs: int) -> float:
-        model = SASRecModel(
-            n_factors=ours.config["hidden_size"], n_blocks=2, n_heads=2, session_max_len=length, loss="softmax",
-            epochs=epochs, batch_size=128, lr=1e-3, dataloader_num_workers=0,
-        )  # fmt: skip
-        begin = time.perf_counter()
-        model.fit(data)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    fit(1)
-    seconds = [fit(3) - fit(1) for _ in range(1 if about["quick"] else 2)]
-    if min(seconds) <= 0:
-        raise ValueError("an epoch is too short here to be told from the rest of a run")
-    theirs = [2 * targets / taken for taken in seconds]
+    cuda = about["device"] == "cuda"
     step = Steps(ours)
     step.steps = 2 if about["quick"] else 50
     step.take()
     step.take()
-    rates = []
-    for _ in theirs:
-        taken = wall_rounds({"ours": step.take}, 1)["ours"][0]
-        rates.append(step.num_targets / taken)
+    with Peer(RECTOOLS, sys.executable, ours.config, ours.train_data, cuda) as peer:
+        best_batch(peer, [16] if about["quick"] else [32, 128, 512], cuda)
+        choose_steps(peer, 1.0)
+        contenders: dict[str, Trained] = {"theirs": peer, "ours, float32": step}
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(1 if about["quick"] else 5):
+            for name, each in contenders.items():
+                rates[name].append(of_round(each))
     return {
         "off": None,
-        "targets_per_s": {"theirs": median(theirs), "ours, float32": median(rates)},
-        "times_as_fast": {"ours, float32": median(a / b for a, b in zip(rates, theirs, strict=True))},
+        "targets_per_s": {name: median(found) for name, found in rates.items()},
+        "times_as_fast": {name: found["median"] for name, found in ratios(rates, "theirs").items() if name != "theirs"},
     }
-
-
-def _histories(train_data: Any) -> list[np.ndarray]:
-    """Each user's training items in their order."""
-    items = train_data._dataset.sorted_items.numpy()
-    return [items[start : stop + 1] for start, stop in zip(train_data._start, train_data._stop, strict=True)]
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, slug
+from benchmarks.peers.client import find_python
 from benchmarks.report import write_section
 from benchmarks.speed import accuracy, catalogue, data, evaluation, lengths, training
 from benchmarks.speed.contenders import hush
@@ -20,6 +21,9 @@ from benchmarks.speed.tables import draw, speed_tables
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("SASRec", "STARRec", "Mamba4Rec", "SSD4Rec")
+
+# What figures must have in common to be compared; parts of one file need not.
+SAME = ("device", "versions")
 
 # Each yields its part of the result file, whenever there is something worth keeping; it is given what an earlier run
 # on the same device with the same versions has yielded.
@@ -42,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--authors_ssd4rec", type=Path, help="checkout of SSD4Rec's released code, to train beside ours (mamba_ssm)"
     )
+    parser.add_argument("--rectools", metavar="PYTHON", help="of an environment with RecTools, to train its SASRec")
+    parser.add_argument("--replay", metavar="PYTHON", help="of an environment with RePlay, to train its SASRec")
     parser.add_argument("--rounds", type=int, default=7, help="of all contenders, one after the other")
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of every configuration")
     parser.add_argument("--interactions", type=int, default=10_000_000, help="of the generated set; 0 for none")
@@ -70,14 +76,19 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.authors_ssd4rec:
         arguments.authors_ssd4rec = arguments.authors_ssd4rec.resolve()
     arguments.data_path = str(arguments.data_path.resolve())
+    for peer in ("rectools", "replay"):
+        if python := getattr(arguments, peer):
+            setattr(arguments, peer, find_python(python))
     output = (arguments.output or ROOT / "benchmarks" / "results" / f"speed-{slug()}.json").resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     page = arguments.page.resolve()
     found = _earlier(output)
     with _scratch_folder():
         for name in (part for part in PARTS if part in arguments.parts):
-            about = {key: found["environment"][key] for key in ("commit", "date")}
-            for part in PARTS[name](arguments, found["parts"].get(name, {})):
+            about = {key: found["environment"][key] for key in ("commit", "date", *SAME)}
+            before = found["parts"].get(name, {})
+            comparable = all(before.get(key) == about[key] for key in SAME)
+            for part in PARTS[name](arguments, before if comparable else {}):
                 found["parts"][name] = about | part
                 output.write_text(json.dumps(found, indent=1) + "\n")
             gc.collect()  # models and loaders hold each other
@@ -89,11 +100,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _earlier(output: Path) -> dict[str, Any]:
-    """The result file as it is, if it is of this device and these versions; else an empty one."""
-    now = environment()
-    earlier = json.loads(output.read_text()) if output.exists() else {}
-    same = bool(earlier) and all(earlier["environment"][key] == now[key] for key in ("device", "versions"))
-    return {"environment": now, "parts": earlier["parts"] if same else {}}
+    """The result file as it is, each part with the device and the versions that it was measured with."""
+    earlier = json.loads(output.read_text()) if output.exists() else {"environment": {}, "parts": {}}
+    known = {key: earlier["environment"][key] for key in SAME if key in earlier["environment"]}
+    return {"environment": environment(), "parts": {name: known | part for name, part in earlier["parts"].items()}}
 
 
 @contextmanager

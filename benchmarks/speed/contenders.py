@@ -17,7 +17,7 @@ from recbole.data import data_preparation as recbole_data_preparation
 from recbole.data.dataset import SequentialDataset
 from recbole.model.sequential_recommender.sasrec import SASRec
 
-from benchmarks.measure import rounds
+from benchmarks.measure import peak_bytes, rounds
 from recbole_ssm import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.quick_start import build_model, load_data
@@ -36,8 +36,6 @@ COMMON: dict[str, Any] = {
     "train_neg_sample_args": None,
     "train_batch_size": 2048,
 }
-# RecBole's attention over 2,048 padded rows of 200 takes some 13 GB; its rate hardly depends on the batch.
-RECBOLE_ROWS_ON_A_CPU = 512
 
 # SSD4Rec is run as its authors' code is for ml-1m.
 RELEASED: dict[str, Any] = {
@@ -90,6 +88,22 @@ class Contender:
     model: Any
     trainer: Any
 
+    @property
+    def unit(self) -> str:
+        """What ``train_batch_size`` counts: ``targets`` of whole histories, or ``rows`` of one target each."""
+        return "targets" if hasattr(self.train_data, "num_targets") else "rows"
+
+    @property
+    def num_targets(self) -> int:
+        """How many an epoch."""
+        return getattr(self.train_data, "num_targets", None) or len(self.train_data._dataset)
+
+    def set_batch(self, size: int) -> None:
+        """Make the training loader anew, with another ``train_batch_size``."""
+        self.config["train_batch_size"] = size
+        old = self.train_data
+        self.train_data = type(old)(self.config, old._dataset, old._sampler, shuffle=old.shuffle)
+
     def settings(self) -> dict[str, Any]:
         """What sets it apart, for its row of a result file."""
         layers = self.config["num_layers"] or self.config["n_layers"]
@@ -104,8 +118,7 @@ class Contender:
 
 def recboles_sasrec(arguments: Namespace, **fixed: Any) -> Contender:
     """SASRec as RecBole has it: its model, its dataset of copied prefixes, its loaders and its trainer."""
-    batch = {} if on_cuda(arguments) else {"train_batch_size": RECBOLE_ROWS_ON_A_CPU}
-    config = config_of(arguments, "SASRec", fixed, {**COMMON, **batch})
+    config = config_of(arguments, "SASRec", fixed)
     train_data, valid_data, _ = recbole_data_preparation(config, SequentialDataset(config))
     torch.manual_seed(config["seed"])
     model = SASRec(config, train_data._dataset).to(config["device"])
@@ -168,6 +181,11 @@ class Steps:
         self.steps, self.num_targets = 1, 0
         self._batches = _endless(of.train_data)
 
+    @property
+    def unit(self) -> str:
+        """What a batch is counted in."""
+        return self.contender.unit
+
     def __len__(self) -> int:
         return self.steps
 
@@ -175,6 +193,15 @@ class Steps:
         for batch in islice(self._batches, self.steps):
             self.num_targets += len(batch)
             yield batch
+
+    def set_batch(self, batch: int) -> None:
+        """Go on with this ``train_batch_size``."""
+        self.contender.set_batch(batch)
+        self._batches = _endless(self.contender.train_data)
+
+    def peak(self) -> int | None:
+        """Take them, and tell their peak memory."""
+        return peak_bytes(self.take, self.contender.config["device"].type == "cuda")
 
     def take(self) -> None:
         """Take them."""

@@ -23,7 +23,10 @@ def speed_tables(found: dict[str, Any], images: dict[str, Path]) -> str:
     for name, part in found["parts"].items():
         title, table = TABLES[name]
         commits = dict.fromkeys(run["commit"] for run in part.get("runs", [part]))
-        lines += ["", f"#### {title}", "", f"Commit {' and '.join(commits)}, {part['date']}. {_settings(part)}", ""]
+        same = all(part[key] == about[key] for key in ("device", "versions"))
+        where = "" if same else f", on {part['device']} with {versions(part)}"
+        lines += ["", f"#### {title}", "", f"Commit {' and '.join(commits)}, {part['date']}{where}. {_settings(part)}"]
+        lines += [""]
         lines += table(part)
         if name in images:
             lines += ["", f"![{title}](images/{images[name].name})"]
@@ -60,17 +63,39 @@ def _mebibytes(count: float | None) -> str:
 
 
 def _training(part: dict[str, Any]) -> list[str]:
-    return _table(
-        "contender | layers | parameters | batch | targets a second | times as fast | epoch, s | step's peak, MiB",
+    units = list(part["rows"][0]["ratio"])
+    lines = _table(
+        "contender | layers | parameters | batch | targets a second | "
+        + "".join(f"times {unit.split(', ')[1]} | " for unit in units)
+        + "epoch, s | step's peak, MiB",
         [
             [
-                row["contender"], str(row["layers"]), _number(row["parameters"]), str(row["train_batch_size"]),
-                _spread(row["targets_per_s"]), _spread(row["ratio"]), _number(row["epoch_s"]),
+                row["contender"], str(row["layers"]), _number(row["parameters"]),
+                f"{row['train_batch_size']} {row['batch_of']}", _spread(row["targets_per_s"]),
+                *(_spread(row["ratio"][unit]) for unit in units), _number(row["epoch_s"]),
                 _mebibytes(row["peak_bytes"]),
             ]
             for row in part["rows"]
         ],
     )  # fmt: skip
+    tried = {
+        row["contender"]: {at["batch"]: at["targets_per_s"] for at in row["search"]}
+        for row in part["rows"]
+        if row["search"]
+    }
+    sizes = sorted({batch for rates in tried.values() for batch in rates})
+    if not tried:
+        return lines
+    lines += ["", "Targets a second by what a step trains on; nothing stands where it was not tried:", ""]
+    lines += _table(
+        " | ".join(["contender", "in", *map(str, sizes)]),
+        [
+            [row["contender"], row["batch_of"], *(_number(tried[row["contender"]].get(size)) for size in sizes)]
+            for row in part["rows"]
+            if row["contender"] in tried
+        ],
+    )
+    return lines
 
 
 def _evaluation(part: dict[str, Any]) -> list[str]:
@@ -179,13 +204,13 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
 
 def draw(found: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
     """Draw what grows, and what is fast; the files by part."""
-    parts, device = found["parts"], found["environment"]["device"]
+    parts = found["parts"]
     files = {
         part: folder / f"speed-{part}-{slug}.svg" for part in ("training", "lengths", "catalogue") if part in parts
     }
     if "training" in parts:
         rates = {row["contender"]: row["targets_per_s"]["median"] for row in parts["training"]["rows"]}
-        plots.bars(files["training"], f"Training, {device}", rates, "targets a second", log=True)
+        plots.bars(files["training"], f"Training, {parts['training']['device']}", rates, "targets a second", log=True)
     if "lengths" in parts:
         times = {
             model["model"]: [
@@ -193,10 +218,12 @@ def draw(found: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
             ]
             for model in parts["lengths"]["rows"]
         }
-        title = f"A training step on {parts['lengths']['settings']['tokens']:,} tokens, {device}"
+        title = f"A training step on {parts['lengths']['settings']['tokens']:,} tokens, {parts['lengths']['device']}"
         plots.lines(files["lengths"], title, times, "length of a sequence", "ns a token")
     if "catalogue" in parts:
-        title = f"Cross-entropy of {parts['catalogue']['settings']['targets']:,} targets, {device}"
+        title = (
+            f"Cross-entropy of {parts['catalogue']['settings']['targets']:,} targets, {parts['catalogue']['device']}"
+        )
         plots.lines(
             files["catalogue"], title, _catalogue_memory(parts["catalogue"]), "items", "peak MiB, table included",
             dashed=(TABLE,),
