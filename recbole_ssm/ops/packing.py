@@ -50,7 +50,7 @@ def flip_rows(cu_seqlens: Tensor) -> Tensor:
     return borders(cu_seqlens).table("flip_rows")
 
 
-def rows(packed: Tensor, read: Tensor | None) -> Tensor:
+def select_rows(packed: Tensor, read: Tensor | None) -> Tensor:
     """The rows ``read`` (integer ``[R]``, each at most once) of ``[T, ...]``, all where absent.
 
     ``packed[read]`` is the same, but its backward pass is made for rows that are read more than once, and slow.

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dense_rows, sigmoid
 from recbole_ssm.ops.packing import positions as row_positions
 
 ROWS = 32
@@ -95,7 +95,7 @@ def _backward_input(
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, silu, cu_seqlens):
-        x, weight = rows(x), weight.contiguous()
+        x, weight = dense_rows(x), weight.contiguous()
         positions = row_positions(cu_seqlens)
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
         y = x.new_empty(x.shape)
@@ -113,7 +113,7 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight, bias, positions = ctx.saved_tensors
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
-        grad_y = rows(grad_y)
+        grad_y = dense_rows(grad_y)
         grad_sum = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.silu else grad_y
         grad_x = x.new_empty(x.shape)
         shares = x.new_empty(ctx.grid[0], n_channels * (taps + 1), dtype=torch.float32)

@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from recbole_ssm.ops.kernels import (
     columns_per_block,
     dense,
+    dense_rows,
     dot,
     dot_precision,
     load_rows,
-    rows,
     rows_per_block,
     store_rows,
     tuned,
@@ -307,7 +307,7 @@ def _backward_keys(
 class _PreferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, feature, score_weight, similarity_weight, threshold, cu_seqlens, window, last):
-        q, k, v, feature = (rows(t) for t in (q, k, v, feature))
+        q, k, v, feature = (dense_rows(t) for t in (q, k, v, feature))
         (n_rows, n_heads, width), (n_metrics, size) = q.shape, feature.shape[1:]
         n_sequences = len(cu_seqlens) - 1
         block = rows_per_block(n_rows, n_sequences)
@@ -345,7 +345,7 @@ class _PreferenceAttention(torch.autograd.Function):
         inputs = dict(zip(ctx.names, inputs, strict=True))
         q, k, v, feature = (inputs[name] for name in ("q", "k", "v", "feature"))
         last, n_heads = ctx.sizes["LAST"], q.shape[1]
-        grad_out = rows(grad_out)
+        grad_out = dense_rows(grad_out)
         sizes = {**ctx.sizes, "out_stride": grad_out.stride(0)}
         deltas = torch.empty_like(log_sums)
         grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))

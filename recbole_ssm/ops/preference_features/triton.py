@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, columns_per_block, dense, load_rows, rows, sigmoid, store_rows
+from recbole_ssm.ops.kernels import BATCH_SIZES, columns_per_block, dense, dense_rows, load_rows, sigmoid, store_rows
 
 ELEMENTS = 1024  # of a block of rows: eight a thread, for the backward pass holds several such blocks
 
@@ -65,7 +65,7 @@ def _backward(
 class _PreferenceFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embedding, gate_logits, metric):
-        embedding, gate_logits, metric = rows(embedding), rows(gate_logits), dense(metric)
+        embedding, gate_logits, metric = dense_rows(embedding), dense_rows(gate_logits), dense(metric)
         (n_rows, width), n_heads = embedding.shape, len(metric)
         dtype = torch.promote_types(torch.promote_types(embedding.dtype, gate_logits.dtype), metric.dtype)
         features = embedding.new_empty(n_rows, n_heads, width, dtype=dtype)
@@ -84,7 +84,7 @@ class _PreferenceFeatures(torch.autograd.Function):
     def backward(ctx, grad_out):
         embedding, gate_logits, metric = ctx.saved_tensors
         (n_rows, width), n_heads = embedding.shape, len(metric)
-        grad_out = rows(grad_out)
+        grad_out = dense_rows(grad_out)
         blocks = triton.cdiv(n_rows, ctx.sizes["ROWS"])
         grad_embedding, grad_logits = (t.new_empty(t.shape) for t in (embedding, gate_logits))
         grad_metric = metric.new_empty(blocks, n_heads, width, dtype=torch.float32)

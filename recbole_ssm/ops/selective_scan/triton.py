@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dense_rows, sigmoid, softplus
 from recbole_ssm.ops.packing import borders
 
 ROWS = 16
@@ -408,9 +408,9 @@ def _states(tensor: Tensor | None) -> Tensor | None:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state):
-        x, dt, B = rows(x), rows(dt), rows(B)
+        x, dt, B = dense_rows(x), dense_rows(dt), dense_rows(B)
         A = A.float().mT.contiguous()  # neighbouring lanes have neighbouring channels
-        C, z = (None if t is None else rows(t) for t in (C, z))
+        C, z = (None if t is None else dense_rows(t) for t in (C, z))
         initial = _states(initial)
         (n_states, n_channels), n_sequences = A.shape, len(cu_seqlens) - 1
         known = borders(cu_seqlens)
@@ -461,7 +461,7 @@ class _SelectiveScan(torch.autograd.Function):
         sizes = n_channels, n_states
         _whole, part = _state_blocks(n_channels, n_states)
         if C is not None:
-            grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+            grad_y = torch.zeros_like(x) if grad_y is None else dense_rows(grad_y)
         grad_final = _states(grad_final)
         grad_states = torch.empty_like(states)
         if len(states):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import dense, rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import dense, dense_rows, sigmoid, softplus
 
 # Numbers of a program's blocks of inputs, [ROWS, HEADS, P], and of B, [ROWS, N]: they lie in registers, of which two
 # programs of 8 warps then have enough on one multiprocessor.
@@ -166,7 +166,7 @@ def _backward(
 class _SSDLast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, cu_seqlens, dt_softplus, differentiable):
-        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
+        x, dt, B, C = dense_rows(x), dense_rows(dt), dense_rows(B), dense_rows(C)
         (n_rows, n_heads, width), (n_sequences, groups, n_states) = x.shape, C.shape
         per_group, block_p, block_n = n_heads // groups, *map(triton.next_power_of_2, (width, n_states))
         fitting = min(MANY_ROWS, OF_B // block_n, OF_INPUTS // (4 * block_p))  # with 4 heads at least
@@ -194,7 +194,7 @@ class _SSDLast(torch.autograd.Function):
         x, dt, A, B, C, D, dt_bias, cu_seqlens, left = ctx.saved_tensors
         (n_rows, n_heads, _), (n_sequences, groups, n_states) = x.shape, C.shape
         per_group, blocks = n_heads // groups, n_heads // groups // ctx.sizes["HEADS"]
-        grad_y = rows(grad_y)
+        grad_y = dense_rows(grad_y)
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         one_dtype = B.dtype if blocks == 1 and B.dtype == C.dtype else torch.float32
         grad_BC = x.new_empty(blocks, n_rows + n_sequences, groups, n_states, dtype=one_dtype)

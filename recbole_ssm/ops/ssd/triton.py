@@ -19,10 +19,10 @@ from recbole_ssm.ops.kernels import (
     MOST_ROWS,
     columns_per_block,
     dense,
+    dense_rows,
     dot,
     dot_precision,
     load_rows,
-    rows,
     rows_per_block,
     sigmoid,
     softplus,
@@ -265,7 +265,7 @@ class _SSD(torch.autograd.Function):
     def forward(
         ctx, x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state, chunk_size
     ):  # fmt: skip
-        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
+        x, dt, B, C = dense_rows(x), dense_rows(dt), dense_rows(B), dense_rows(C)
         initial = None if initial is None else initial.float().contiguous()
         known = borders(cu_seqlens)
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
@@ -313,7 +313,7 @@ class _SSD(torch.autograd.Function):
         sequences, joints, states = inputs["sequences"], inputs["joints"], inputs["states"]
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
         blocks = n_heads // ctx.by_chunk["HEADS"]
-        grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+        grad_y = torch.zeros_like(x) if grad_y is None else dense_rows(grad_y)
         grad_final = None if grad_final is None else grad_final.contiguous()
         grad_states = torch.empty_like(states)
         grad_initial = None if initial is None else torch.empty_like(initial)
