@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
 from recbole_ssm.ops.packing import positions, select_rows, sequence_ids
-from recbole_ssm.ops.step_sizes import step_sizes
+from recbole_ssm.ops.scan_arguments import step_sizes
 
 
 class Mamba2(nn.Module):

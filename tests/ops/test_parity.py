@@ -448,6 +448,6 @@ def test_lengths_of_a_batch_are_kept_with_its_borders():
     sequence, first = borders(cu_seqlens).chunks(2)
     assert sequence.tolist() == [0, 0, 2, 2, 2]
     assert first.tolist() == [0, 2, 2, 5]
-    joints, count = borders(cu_seqlens).joints(2)
-    assert joints.tolist() == [0, 1, 1, 3]
+    boundaries, count = borders(cu_seqlens).chunk_boundaries(2)
+    assert boundaries.tolist() == [0, 1, 1, 3]
     assert count == 3

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from recbole_ssm.ops import selective_scan, selective_scan_last
 from recbole_ssm.ops.cases import make, results, right
 from recbole_ssm.ops.packing import borders
+from recbole_ssm.ops.scan_arguments import ScanArguments
 
 scan = pytest.importorskip("recbole_ssm.ops.selective_scan.triton")
 
@@ -28,19 +29,19 @@ def poisoned_memory(monkeypatch):
 
 
 class Filled:
-    """Tables of a batch that was filled up to fixed sizes: chunks past the last sequence's end, unused joints."""
+    """Tables of a batch that was filled up to fixed sizes: chunks past the last sequence's end, unused boundaries."""
 
-    def __init__(self, known, chunks=3, joints=2):
-        self.known, self.more_chunks, self.more_joints = known, chunks, joints
+    def __init__(self, known, chunks=3, boundaries=2):
+        self.known, self.more_chunks, self.more_boundaries = known, chunks, boundaries
 
     def chunks(self, size):
         sequences, starts = self.known.chunks(size)
         filler = sequences.new_full((self.more_chunks,), len(starts) - 2)
         return torch.cat([sequences, filler]), starts
 
-    def joints(self, size):
-        starts, count = self.known.joints(size)
-        return starts, count + self.more_joints
+    def chunk_boundaries(self, size):
+        starts, count = self.known.chunk_boundaries(size)
+        return starts, count + self.more_boundaries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -75,10 +76,10 @@ def test_programs_that_go_through_several_chunks_and_blocks(programs, chunks, mo
 
 
 def test_many_programs_share_out_the_work():
-    assert scan._shares(150, 16) == (150, 16)
-    assert scan._shares(2048, 16) == (2048, 2)
-    assert scan._shares(32768, 16) == (2048, 1)
-    assert scan._shares(0, 16) == (1, 16)
+    assert scan._grid_of_gradients(150, 16) == (150, 16)
+    assert scan._grid_of_gradients(2048, 16) == (2048, 2)
+    assert scan._grid_of_gradients(32768, 16) == (2048, 1)
+    assert scan._grid_of_gradients(0, 16) == (1, 16)
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -96,7 +97,7 @@ def test_final_states_without_outputs(lengths, filled, monkeypatch):
         backend="reference",
     )  # fmt: skip
     y, final = scan.selective_scan_triton(
-        C=None, D=None, z=None, **inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True
+        ScanArguments(C=None, **inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True)
     )
     assert y is None
     found, want = results(case, (final,), inputs), results(case, (truth,), exact)
@@ -149,7 +150,7 @@ def test_what_a_call_launches(last, monkeypatch):
     if last:
         inputs["C"] = inputs["C"][case.fixed["cu_seqlens"][1:].long() - 1].detach()
     known = borders(case.fixed["cu_seqlens"])  # as the loader has found them
-    known.chunks(scan.ROWS), known.joints(scan.ROWS)
+    known.chunks(scan.ROWS), known.chunk_boundaries(scan.ROWS)
     with Count() as forward:
         if last:
             y = selective_scan_last(**inputs, **case.fixed, backend="triton")

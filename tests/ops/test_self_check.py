@@ -38,8 +38,8 @@ def convolve(x, weight, bias, activation, cu_seqlens):
         raise RuntimeError("an illegal memory access was encountered")
     return causal_conv_reference(x, weight, bias, activation, cu_seqlens) * (1.01 if weight.shape[1] == 3 else 1)
 
-instead("ssd", lambda *_: os.abort())
-instead("selective_scan", lambda *_: time.sleep(1000))
+instead("ssd", lambda **_: os.abort())
+instead("selective_scan", lambda **_: time.sleep(1000))
 instead("preference_attention", out_of_memory)
 instead("causal_conv", convolve)
 """

@@ -114,7 +114,7 @@ from triton.compiler import ASTSource
 from recbole_ssm.ops.ssd import last_triton
 
 LIKE_INPUT = "x dt B C y grad_y grad_x grad_dt".split()
-for dtype, absent in (("fp32", []), ("bf16", ["D", "dt_bias", "left"])):
+for dtype, absent in (("fp32", []), ("bf16", ["D", "dt_bias", "decay_to_end"])):
     for rows, heads in ((8, 32), (32, 8)):
         for kernel in (last_triton._forward, last_triton._backward):
             constants = {"P": 16, "N": 64, "BLOCK_P": 16, "BLOCK_N": 64, "ROWS": rows, "HEADS": heads}

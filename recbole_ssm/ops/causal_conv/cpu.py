@@ -64,8 +64,8 @@ def _backward(x, taps, bias, silu, cu_seqlens, group_of, grad_y, grad_x, grad_ta
                     _sum_taps(grad_sum, x, taps, bias, t, begin)
                     for d in range(len(grad_sum)):
                         v = grad_sum[d]
-                        share = _sigmoid(v)
-                        grad_sum[d] = incoming[d] * share * (np.float32(1.0) + v * (np.float32(1.0) - share))
+                        gate = _sigmoid(v)
+                        grad_sum[d] = incoming[d] * gate * (np.float32(1.0) + v * (np.float32(1.0) - gate))
                 else:
                     for d in range(len(grad_sum)):
                         grad_sum[d] = incoming[d]
