@@ -10,10 +10,10 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp, group_borders, helper
 
 
-@part
+@helper
 def _sum_taps(out, x, taps, bias, t, begin):
     """``out [D] = bias + sum_k taps[k] x[t - K + 1 + k]`` over the rows that are not before ``begin``."""
     first = max(begin, t - len(taps) + 1)
@@ -32,7 +32,7 @@ def _sum_taps(out, x, taps, bias, t, begin):
             out[d] += tap[d] * row[d] + next_tap[d] * next_row[d]
 
 
-@part
+@helper
 def _sigmoid(v):
     e = exp(-abs(v))
     return (np.float32(1.0) if v >= np.float32(0.0) else e) / (np.float32(1.0) + e)

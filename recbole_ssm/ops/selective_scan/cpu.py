@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, helper
 
 # States worked on together in the backward pass, more of them in turn. With all that belongs to a row in one array, at
 # distances known beforehand, the compiler sees what does not overlap: twice as fast as one array for each.
@@ -47,7 +47,7 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                         final_state[s, d, n] = state[n]
 
 
-@part
+@helper
 def _backward_of_channel(rows, history, channel, x, dt, grad_y, grad_x, grad_dt):
     """One channel of one sequence and :data:`STATES` of its states; adds to the gradients.
 

@@ -10,10 +10,10 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, helper
 
 
-@part
+@helper
 def _dot(a, b):
     total = np.float32(0.0)
     for i in range(len(a)):
@@ -21,7 +21,7 @@ def _dot(a, b):
     return total
 
 
-@part
+@helper
 def _add_multiple(out, factor, values):
     for i in range(len(out)):
         out[i] += factor * values[i]
