@@ -176,37 +176,42 @@ def _groups(cu_seqlens: np.ndarray) -> np.ndarray:
     return group_borders(np.concatenate([[0], np.cumsum(lengths * (lengths + 64))]))
 
 
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: t.numpy() for name, t in tensors.items()}
+
+
 class _PreferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, direction, similarity_weight, threshold, cu_seqlens, window, last_only):
-        inputs = [t.detach().contiguous() for t in (q, k, v, direction, similarity_weight, threshold, cu_seqlens)]
-        arrays = [t.numpy() for t in inputs]
-        groups = _groups(arrays[-1])
+        given = {
+            "q": q, "k": k, "v": v, "direction": direction, "similarity_weight": similarity_weight,
+            "threshold": threshold, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
+        inputs = {name: t.detach().contiguous() for name, t in given.items()}
+        settings = {"group_of": _groups(inputs["cu_seqlens"].numpy()), "window": window}
         if last_only:
-            saved = []
+            kept = {}
             out = torch.zeros(len(cu_seqlens) - 1, *q.shape[1:])
-            forward_last(*arrays, groups, window, out.numpy())
+            forward_last(**_arrays(inputs), **settings, out=out.numpy())
         else:
-            out, log_sums = torch.empty_like(inputs[0]), torch.empty(q.shape[1], len(q))
-            saved = [out, log_sums]
-            _forward(*arrays, groups, window, *(t.numpy() for t in saved))
-        ctx.save_for_backward(*inputs, *saved)
-        ctx.window = window
+            out = torch.empty_like(inputs["q"])
+            kept = {"out": out, "log_sums": torch.empty(q.shape[1], len(q))}
+            _forward(**_arrays(inputs | kept), **settings)
+        ctx.save_for_backward(*inputs.values(), *kept.values())
+        ctx.names, ctx.last_only, ctx.settings = (*inputs, *kept), last_only, settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        everything = ctx.saved_tensors
-        inputs, saved = everything[:7], everything[7:]
-        arrays = [t.numpy() for t in inputs]
-        groups = _groups(arrays[-1])
-        kernel, new = (_backward, torch.empty_like) if saved else (backward_last, torch.zeros_like)
-        grads = [new(t) for t in inputs[:4]]
-        grad_weight = torch.zeros(len(groups) - 1, len(inputs[4]), dtype=torch.float64)
-        others = (*saved, grad_out.contiguous(), *grads, grad_weight)
-        kernel(*arrays, groups, ctx.window, *(t.numpy() for t in others))
-        return *grads, grad_weight.sum(0).float(), None, None, None, None
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        kernel, new = (backward_last, torch.zeros_like) if ctx.last_only else (_backward, torch.empty_like)
+        gradients = {f"grad_{name}": new(saved[name]) for name in ("q", "k", "v", "direction")}
+        n_groups = len(ctx.settings["group_of"]) - 1
+        grad_weight = torch.zeros(n_groups, len(saved["similarity_weight"]), dtype=torch.float64)
+        others = {"grad_out": grad_out.contiguous(), "grad_weight": grad_weight}
+        kernel(**_arrays(saved | gradients | others), **ctx.settings)
+        return *gradients.values(), grad_weight.sum(0).float(), None, None, None, None
 
 
 def preference_attention_cpu(

@@ -134,41 +134,48 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, y_before, f
         _forward_group(x, dt, A, B, C, initial_state, cu_seqlens, sequences, y, y_before, final_state)
 
 
+def _arrays(**tensors: Tensor) -> dict[str, np.ndarray]:
+    """As the kernels take them: those like the input with the channels of all heads side by side."""
+    flat = ("x", "y", "y_before", "grad_y", "grad_x")
+    return {name: (t.flatten(1) if name in flat else t).numpy() for name, t in tensors.items()}
+
+
 class _SSD(torch.autograd.Function):
     """A state that is not given or not asked for is a tensor of no sequences, ``[0, H, P, N]``."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens, return_final_state, differentiable):
-        inputs = [t.detach().contiguous() for t in (x, dt, A, B, C, initial_state)]
-        x, dt, A, B, C, initial_state = inputs
+        given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": initial_state}
+        inputs = {name: t.detach().contiguous() for name, t in given.items()}
+        x, initial_state = inputs["x"], inputs["initial_state"]
         borders = cu_seqlens.long().numpy()
         y = torch.empty_like(x)
         y_before = torch.empty_like(x if differentiable and any(ctx.needs_input_grad) else x[:0])
         final_state = torch.empty((len(borders) - 1) * return_final_state, *initial_state.shape[1:])
-        _forward(
-            x.flatten(1).numpy(), *(t.numpy() for t in inputs[1:]), borders, group_borders(borders),
-            y.flatten(1).numpy(), y_before.flatten(1).numpy(), final_state.numpy(),
-        )  # fmt: skip
-        ctx.save_for_backward(*inputs, cu_seqlens, y_before, final_state)
+        outputs = _arrays(y=y, y_before=y_before, final_state=final_state)
+        _forward(**_arrays(**inputs), cu_seqlens=borders, group_of=group_borders(borders), **outputs)
+        ctx.save_for_backward(*inputs.values(), cu_seqlens, y_before, final_state)
+        ctx.names = tuple(inputs)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
         *inputs, cu_seqlens, y_before, final_state = ctx.saved_tensors
-        x, dt, A, B, C, initial_state = inputs
+        inputs = dict(zip(ctx.names, inputs, strict=True))
+        x, dt, A, B, C, initial_state = inputs.values()
         borders = cu_seqlens.long().numpy()
         groups = group_borders(borders)
         grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
         grad_A = torch.zeros(len(groups) - 1, len(A), dtype=torch.float64)
         grad_B, grad_C = torch.zeros_like(B), torch.zeros_like(C)
         grad_initial = torch.empty_like(initial_state if ctx.needs_input_grad[5] else initial_state[:0])
-        backward(
-            x.flatten(1).numpy(), *(t.numpy() for t in inputs[1:]), borders, groups,
-            y_before.flatten(1).numpy(), final_state.numpy(), grad_y.contiguous().flatten(1).numpy(),
-            grad_final.contiguous().numpy(), grad_x.flatten(1).numpy(),
-            *(t.numpy() for t in (grad_dt, grad_A, grad_B, grad_C, grad_initial)),
-        )  # fmt: skip
+        kept = _arrays(y_before=y_before, final_state=final_state)
+        incoming = _arrays(grad_y=grad_y.contiguous(), grad_final=grad_final.contiguous())
+        gradients = _arrays(
+            grad_x=grad_x, grad_dt=grad_dt, grad_A=grad_A, grad_B=grad_B, grad_C=grad_C, grad_initial=grad_initial
+        )
+        backward(**_arrays(**inputs), cu_seqlens=borders, group_of=groups, **kept, **incoming, **gradients)
         return grad_x, grad_dt, grad_A.sum(0).float(), grad_B, grad_C, grad_initial, None, None, None
 
 
