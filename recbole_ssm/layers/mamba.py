@@ -99,11 +99,13 @@ class Mamba(nn.Module):
         into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
         dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        x_read = select_rows(x, read)
         if last:
+            x_read = select_rows(x, read)
             y = selective_scan_last(x, dt, A, B, F.linear(x_read, into_C), **settings)
         else:
+            # In this order, in which the backward pass adds up the gradients of x: another rounds otherwise.
             y = select_rows(selective_scan(x, dt, A, B, F.linear(x, into_C), **settings), read)
+            x_read = select_rows(x, read)
         return self.out_proj((y + self.D * x_read) * F.silu(z))
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
