@@ -15,7 +15,7 @@ from benchmarks.gpu.subjects import PRECISIONS, built, chosen, wait, without_dro
 from benchmarks.speed.contenders import Steps
 from recbole_ssm.config import properties_dir
 from recbole_ssm.doctor import MODELS, Need, needs, probe
-from recbole_ssm.ops import self_check
+from recbole_ssm.ops import self_check, self_check_child
 from recbole_ssm.ops.backend import BACKENDS, why_not
 from recbole_ssm.ops.cases import compared, true_results
 
@@ -97,11 +97,11 @@ def check_op(about: Row, check: str, op: str, backend: str, dtype: str, form: st
     asked = self_check.Check(op, backend, device, dtype, tuple(sizes.items()), form == "states", form == "tf32")
     lengths = (QUICK_LENGTHS if about["quick"] else LENGTHS) + (INERT if form == "filled" else ())
     worst, name, largest = 0.0, "", 0.0
-    for case in self_check._cases(asked, lengths, filled=form == "filled"):
+    for case in self_check_child.cases(asked, lengths, filled=form == "filled"):
         for result, (off, allowed) in compared(case, backend, true_results(case)).items():
             largest = max(largest, off)
-            if off / max(allowed, self_check.ROUNDING) >= worst:
-                worst, name = off / max(allowed, self_check.ROUNDING), f"{case.op}: {result}"
+            if off / max(allowed, self_check_child.ROUNDING) >= worst:
+                worst, name = off / max(allowed, self_check_child.ROUNDING), f"{case.op}: {result}"
     return {"verdict": "right" if worst <= 1 else "wrong", "error": largest, "of_allowed": worst, "worst": name}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
-from recbole_ssm.ops.packing import rows
+from recbole_ssm.ops.packing import select_rows
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -103,18 +103,20 @@ class Mamba(nn.Module):
             x = self._convolve(x, cu_seqlens)
             dt, B, C = F.linear(x, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             y = selective_scan(x, F.linear(dt, self.dt_proj.weight), A, B, C, self.D, z, **settings)
-            return self.out_proj(rows(y, read))
+            return self.out_proj(select_rows(y, read))
         into_scan, into_gate = self.in_proj.weight.chunk(2)
-        z = F.linear(rows(x, read), into_gate)
+        z = F.linear(select_rows(x, read), into_gate)
         x = self._convolve(F.linear(x, into_scan), cu_seqlens)
         into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
         dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
         if last:
-            x_read = rows(x, read)
+            x_read = select_rows(x, read)
             y = selective_scan_last(x, dt, A, B, F.linear(x_read, into_C), **settings)
         else:
-            y, x_read = rows(selective_scan(x, dt, A, B, F.linear(x, into_C), **settings), read), rows(x, read)
+            # In this order, in which the backward pass adds up the gradients of x: another rounds otherwise.
+            y = select_rows(selective_scan(x, dt, A, B, F.linear(x, into_C), **settings), read)
+            x_read = select_rows(x, read)
         return self.out_proj((y + self.D * x_read) * F.silu(z))
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -155,5 +157,5 @@ class MambaLayer(nn.Module):
         """See :meth:`Mamba.forward`."""
         hidden = self.dropout(self.mamba(x, cu_seqlens, read, last))
         if self.stacked:
-            hidden = hidden + rows(x, read)
+            hidden = hidden + select_rows(x, read)
         return self.norm(hidden)

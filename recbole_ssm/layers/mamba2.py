@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus, keep_from_weight_decay
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
-from recbole_ssm.ops.packing import positions, rows, sequence_ids
-from recbole_ssm.ops.step_sizes import step_sizes
+from recbole_ssm.ops.packing import positions, select_rows, sequence_ids
+from recbole_ssm.ops.scan_arguments import step_sizes
 
 
 class Mamba2(nn.Module):
@@ -66,19 +66,19 @@ class Mamba2(nn.Module):
                 several are is projected once.
         """
         if read is None:
-            z, xBC, dt = rows(self.in_proj(x), order).split([self.d_inner, *self._widths], dim=-1)
+            z, xBC, dt = select_rows(self.in_proj(x), order).split([self.d_inner, *self._widths], dim=-1)
         else:
             into_gate, into_scan = self.in_proj.weight.split([self.d_inner, sum(self._widths)])
             z = F.linear(x.index_select(0, read if order is None else order.index_select(0, read)), into_gate)
-            xBC, dt = rows(F.linear(x, into_scan), order).split(self._widths, dim=-1)
+            xBC, dt = select_rows(F.linear(x, into_scan), order).split(self._widths, dim=-1)
         x, B, C = self._split(self._convolve(xBC, self.conv.weight.squeeze(1), self.conv.bias, cu_seqlens))
         settings: dict[str, Any] = {
             "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "cu_seqlens": cu_seqlens,
             "backend": self.backend,
         }  # fmt: skip
         if last:
-            return self._gate(ssd_last(x, dt, self._rates(), B[:, None], rows(C, read)[:, None], **settings), z)
-        return self._gate(rows(ssd(x, dt, self._rates(), B[:, None], C[:, None], **settings), read), z)
+            return self._gate(ssd_last(x, dt, self._rates(), B[:, None], select_rows(C, read)[:, None], **settings), z)
+        return self._gate(select_rows(ssd(x, dt, self._rates(), B[:, None], C[:, None], **settings), read), z)
 
     def read_prefixes_in_reverse(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """The block's last output over each prefix of each sequence, read from its end to its beginning, in one pass.
@@ -123,8 +123,8 @@ class Mamba2(nn.Module):
             x, B, _ = self._split(convolved)
             share = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
             y = y + share[..., None] * x
-        sequence = rows(sequence_ids(cu_seqlens), read)
-        return self.out_proj(self._gate(rows(y, read).to(xBC.dtype), z.index_select(0, sequence)))
+        sequence = select_rows(sequence_ids(cu_seqlens), read)
+        return self.out_proj(self._gate(select_rows(y, read).to(xBC.dtype), z.index_select(0, sequence)))
 
     @property
     def _widths(self) -> list[int]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.ops import preference_attention, preference_features
-from recbole_ssm.ops.packing import rows
+from recbole_ssm.ops.packing import select_rows
 
 
 class PreferenceAwareAttention(nn.Module):
@@ -88,10 +88,10 @@ class PreferenceAwareAttention(nn.Module):
             q, k, v, feature, self.score_weight, similarity_weight, self.threshold,
             cu_seqlens=cu_seqlens, window=self.window, queries="last" if last else "all",
         ).flatten(-2)  # fmt: skip
-        context = context if last else rows(context, read)
+        context = context if last else select_rows(context, read)
         gated_context = context * F.silu(self.context_gate(context))
         out = self.dropout(self.out_proj(gated_context))
-        return self.norm(rows(x, read) + out if self.residual else out)
+        return self.norm(select_rows(x, read) + out if self.residual else out)
 
     def _similarity(self, item_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Features to compare, ``[T, H, d]``, and their weight, ``[H]``; nothing to compare, ``[T, 1, 1]``, without."""

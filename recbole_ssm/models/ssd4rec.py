@@ -15,7 +15,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
 from recbole_ssm.models.base import PackedRecommender, init_weights
 from recbole_ssm.ops.both_ways import both_ways
-from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, rows, single_rows
+from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
 
 MASK_ITEM = 0
 
@@ -60,7 +60,7 @@ class BiSSDLayer(nn.Module):
         ``streams`` are the rows as :func:`~recbole_ssm.ops.both_ways.both_ways` lays them out. Without, a bidirectional
         layer gives each row what the last row of its prefix would get: of what comes after it, nothing.
         """
-        residual = rows(x, read)
+        residual = select_rows(x, read)
         if self.bidirectional and streams is not None:
             ahead, back = self._both_ways(x, cu_seqlens, streams, read, last)
             # The projection is linear, so that one serves both.
@@ -76,20 +76,20 @@ class BiSSDLayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """What each direction gives the rows ``read``, before the projection; ``[R, H P]`` both."""
         if self.flip_back and last:  # a last row comes first in reverse, and sees itself alone
-            alone = rows(x, read)
+            alone = select_rows(x, read)
             ahead = self.mamba.inner(x, cu_seqlens, read, last)
             return ahead, self.mamba.inner(alone, single_rows(len(alone), x.device))
         order, both = streams
         if self.flip_back:
             ahead, back = self.mamba.inner(x, both, order=order).chunk(2)
-            return rows(ahead, read), back.index_select(0, rows(order[len(x) :], read))
+            return select_rows(ahead, read), back.index_select(0, select_rows(order[len(x) :], read))
         read = None if read is None else torch.cat([read, read + len(x)])
         return self.mamba.inner(x, both, read, last, order).chunk(2)
 
     def _backward_of_prefixes(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
         if not self.flip_back:
             return self.mamba.read_prefixes_in_reverse(x, cu_seqlens, read)
-        alone = rows(x, read)
+        alone = select_rows(x, read)
         return self.mamba(alone, single_rows(len(alone), x.device))
 
 

@@ -12,7 +12,7 @@ from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, init_weights
-from recbole_ssm.ops.packing import positions, rows
+from recbole_ssm.ops.packing import positions, select_rows
 
 
 class DualPathLayer(nn.Module):
@@ -57,7 +57,8 @@ class DualPathLayer(nn.Module):
         if not self.use_pma:
             return self.ssm(x, cu_seqlens, read, last)
         if not last and not x.is_cpu:  # once, at the end: fewer launches count more there than rows that nobody reads
-            return rows(self.fused(self.attention(x, item_embedding, cu_seqlens), self.ssm(x, cu_seqlens)), read)
+            fused = self.fused(self.attention(x, item_embedding, cu_seqlens), self.ssm(x, cu_seqlens))
+            return select_rows(fused, read)
         return self.fused(
             self.attention(x, item_embedding, cu_seqlens, read, last), self.ssm(x, cu_seqlens, read, last)
         )

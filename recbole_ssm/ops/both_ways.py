@@ -47,7 +47,7 @@ class _Twice(Borders):
                 second = second + self._once.total
             elif kind == "first_chunks":
                 first, second = first[:-1], second + len(self._once.table(f"chunks/{size}"))
-            elif kind == "joints":
-                first, second = first[:-1], second + self._once.joints(int(size))[1]
+            elif kind == "chunk_boundaries":
+                first, second = first[:-1], second + self._once.chunk_boundaries(int(size))[1]
             self._tables[name] = torch.cat([first, second])
         return self._tables[name]

@@ -13,8 +13,8 @@ GROUPS = 32
 
 _OPTIONS = {"fastmath": True, "error_model": "numpy"}
 
-# A part of a kernel, compiled with and cached in the kernels that call it.
-part = numba.njit(**_OPTIONS)
+# A function that kernels call: compiled with them, and cached in them.
+helper = numba.njit(**_OPTIONS)
 
 
 def compiled(function):

@@ -47,7 +47,7 @@ def dot_precision() -> str:
     return "tf32" if tf32_allowed(torch.device("cuda")) else "tf32x3"
 
 
-def rows(tensor: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor, its last dimension contiguous, as kernels address it by the stride of its rows alone."""
     in_place = tensor.stride(-1) == 1 and all(
         tensor.stride(i) == tensor.shape[i + 1] * tensor.stride(i + 1) for i in range(1, tensor.dim() - 1)

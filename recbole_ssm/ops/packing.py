@@ -50,7 +50,7 @@ def flip_rows(cu_seqlens: Tensor) -> Tensor:
     return borders(cu_seqlens).table("flip_rows")
 
 
-def rows(packed: Tensor, read: Tensor | None) -> Tensor:
+def select_rows(packed: Tensor, read: Tensor | None) -> Tensor:
     """The rows ``read`` (integer ``[R]``, each at most once) of ``[T, ...]``, all where absent.
 
     ``packed[read]`` is the same, but its backward pass is made for rows that are read more than once, and slow.
@@ -123,7 +123,7 @@ class Borders:
         self.total = int(lengths.sum())
         self.longest = room or (int(lengths.max()) if len(lengths) else 0)
         self._device, self._tables = device, dict(tables or {})
-        self._joint_counts: dict[int, int] = {}
+        self._boundary_counts: dict[int, int] = {}
 
     @classmethod
     def read(cls, cu_seqlens: Tensor) -> "Borders":
@@ -143,7 +143,7 @@ class Borders:
     def all_tables(self) -> dict[str, Tensor]:
         """Every table that an op may ask for, by name."""
         names = ["sequence_ids", "positions", "flip_rows", "last_rows"]
-        names += [f"{kind}/{size}" for size in CHUNK_SIZES for kind in ("chunks", "first_chunks", "joints")]
+        names += [f"{kind}/{size}" for size in CHUNK_SIZES for kind in ("chunks", "first_chunks", "chunk_boundaries")]
         return {name: self.table(name) for name in names}
 
     @torch.inference_mode(False)  # what is kept must serve training, too
@@ -161,18 +161,18 @@ class Borders:
         """
         return self.table(f"chunks/{size}"), self.table(f"first_chunks/{size}")
 
-    def joints(self, size: int) -> tuple[Tensor, int]:
+    def chunk_boundaries(self, size: int) -> tuple[Tensor, int]:
         """Where state passes from one chunk of ``size`` rows to the next: nowhere in a sequence of one chunk.
 
         Returns:
-            The number of each sequence's first joint, int32 ``[S+1]``, and how many there are (could be, with
+            The number of each sequence's first boundary, int32 ``[S+1]``, and how many there are (could be, with
             ``room``).
         """
-        if size not in self._joint_counts:
-            self._joint_counts[size] = self.total // size if self.room else int(self._joints_each(size).sum())
-        return self.table(f"joints/{size}"), self._joint_counts[size]
+        if size not in self._boundary_counts:
+            self._boundary_counts[size] = self.total // size if self.room else int(self._boundaries_each(size).sum())
+        return self.table(f"chunk_boundaries/{size}"), self._boundary_counts[size]
 
-    def _joints_each(self, size: int) -> Tensor:
+    def _boundaries_each(self, size: int) -> Tensor:
         return (self.lengths - 1).clamp_min(0) // size
 
     def _make(self, kind: str, size: str = "") -> Tensor:
@@ -184,8 +184,8 @@ class Borders:
             sequence = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
             surplus = self.total // int(size) + len(lengths) - len(sequence) if self.room else 0
             return torch.cat([sequence, sequence.new_full((surplus,), max(0, len(lengths) - 1))])
-        if kind == "joints":
-            return cu_seqlens_from_lengths(self._joints_each(int(size)))
+        if kind == "chunk_boundaries":
+            return cu_seqlens_from_lengths(self._boundaries_each(int(size)))
         stops = lengths.cumsum(0)
         if kind == "last_rows":
             return (stops - 1).to(torch.int32)

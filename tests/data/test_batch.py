@@ -67,7 +67,7 @@ def test_tables_say_what_the_borders_say():
     assert tables["last_rows"].tolist() == [2, 2, 35, 36]
     assert tables["chunks/16"].tolist() == [0, 2, 2, 2, 3]
     assert tables["first_chunks/16"].tolist() == [0, 1, 1, 4, 5]
-    assert tables["joints/16"].tolist() == [0, 0, 0, 2, 2]
+    assert tables["chunk_boundaries/16"].tolist() == [0, 0, 0, 2, 2]
     assert {table.dtype for table in tables.values()} == {torch.int32}
 
 
@@ -75,7 +75,7 @@ def test_with_room_tables_of_chunks_have_the_shape_of_their_number_of_rows():
     one, other = (Borders(torch.tensor(lengths), room=40) for lengths in ([40, 1, 1], [14, 14, 14]))
     for size in (16, 32):
         assert len(one.chunks(size)[0]) == len(other.chunks(size)[0]) == 42 // size + 3
-        assert one.joints(size)[1] == other.joints(size)[1] == 42 // size
+        assert one.chunk_boundaries(size)[1] == other.chunk_boundaries(size)[1] == 42 // size
         exact = Borders(torch.tensor([40, 1, 1])).chunks(size)[0]
         assert torch.equal(one.chunks(size)[0][: len(exact)], exact)
         assert set(one.chunks(size)[0][len(exact) :].tolist()) <= {2}

@@ -51,11 +51,12 @@ class Recorder:
     """Compiles instead of launching, and tells what came of it; each distinct kernel once."""
 
     def __init__(self, report: Callable[[dict], None]):
-        self.report, self.seen, self.label = report, set(), {}
+        self.report, self.seen, self.label, self.launches = report, set(), {}, "all"
         self.compile = JITFunction.run
         JITFunction.run = lambda fn, *args, grid, warmup, **settings: self.launch(fn, args, settings)
         Autotuner.run = lambda tuned, *args, grid, warmup=False, **settings: [
-            self.launch(tuned.fn, args, {**settings, **config.all_kwargs()}) for config in tuned.configs
+            self.launch(tuned.fn, args, {**settings, **config.all_kwargs()})
+            for config in tuned.configs[: 1 if self.launches == "first" else None]
         ]
 
     def launch(self, fn, args, settings):
@@ -158,7 +159,10 @@ def mutate(name: str) -> None:
 
 
 def main() -> None:
-    """Answer the request on standard input: ``capabilities``, and ``cases`` of op, sizes, dtype, lengths, every."""
+    """Answer the request on standard input: ``capabilities``, ``cases`` of op, sizes, dtype, lengths, launches, every.
+
+    Of autotune's configurations a case compiles ``all`` or the ``first``.
+    """
     request = json.load(sys.stdin)
     mutate(request.get("mutant", ""))
     for name, module in list(sys.modules.items()):
@@ -171,6 +175,7 @@ def main() -> None:
         for case in request["cases"]:
             cu_seqlens = cu_seqlens_from_lengths(torch.tensor(LENGTHS[case["lengths"]]))
             recorder.label = {key: case[key] for key in ("op", "sizes", "dtype", "lengths")}
+            recorder.launches = case["launches"]
             run = globals()[case["op"]]
             run(cu_seqlens, getattr(torch, case["dtype"]), case["every"], **case["sizes"])
 

@@ -24,12 +24,12 @@ def test_tables_are_those_of_twice_as_many_sequences(lengths):
         assert torch.equal(known.table(name), table), name
     assert known.total == expected.total
     assert known.longest == expected.longest
-    assert known.joints(16)[1] == expected.joints(16)[1]
+    assert known.chunk_boundaries(16)[1] == expected.chunk_boundaries(16)[1]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_tables_with_room(lengths):
-    """Each chunk finds its rows, each surplus one none, and each sequence has joints of its own."""
+    """Each chunk finds its rows, each surplus one none, and each sequence has boundaries of its own."""
     cu_seqlens, room = cu_seqlens_from_lengths(torch.tensor(lengths)), max(*lengths, 1) + 20
     know(cu_seqlens, Borders(torch.tensor(lengths), room=room))
     doubled = twice(cu_seqlens)
@@ -40,7 +40,7 @@ def test_tables_with_room(lengths):
         begin = int(doubled[sequence]) + 16 * (chunk - int(first[sequence]))
         covered += range(begin, min(begin + 16, int(doubled[sequence + 1])))
     assert sorted(covered) == list(range(2 * sum(lengths)))
-    first, count = known.joints(16)
+    first, count = known.chunk_boundaries(16)
     taken = [int(first[s]) + i for s, length in enumerate(lengths * 2) for i in range(max(0, length - 1) // 16)]
     assert len(set(taken)) == len(taken)
     assert all(place < count for place in taken)

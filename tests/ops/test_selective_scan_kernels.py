@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from recbole_ssm.ops import selective_scan, selective_scan_last
 from recbole_ssm.ops.cases import make, results, right
 from recbole_ssm.ops.packing import borders
+from recbole_ssm.ops.scan_arguments import ScanArguments
 
 scan = pytest.importorskip("recbole_ssm.ops.selective_scan.triton")
 
@@ -28,39 +29,44 @@ def poisoned_memory(monkeypatch):
 
 
 class Filled:
-    """Tables of a batch that was filled up to fixed sizes: chunks past the last sequence's end, unused joints."""
+    """Tables of a batch that was filled up to fixed sizes: chunks past the last sequence's end, unused boundaries."""
 
-    def __init__(self, known, chunks=3, joints=2):
-        self.known, self.more_chunks, self.more_joints = known, chunks, joints
+    def __init__(self, known, chunks=3, boundaries=2):
+        self.known, self.more_chunks, self.more_boundaries = known, chunks, boundaries
 
     def chunks(self, size):
         sequences, starts = self.known.chunks(size)
         filler = sequences.new_full((self.more_chunks,), len(starts) - 2)
         return torch.cat([sequences, filler]), starts
 
-    def joints(self, size):
-        starts, count = self.known.joints(size)
-        return starts, count + self.more_joints
+    def chunk_boundaries(self, size):
+        starts, count = self.known.chunk_boundaries(size)
+        return starts, count + self.more_boundaries
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def widths(lengths, D, N, *slow):
+    """Of the same program, whose loads and stores alone know of the dtype: one width in both, the others in float32."""
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        marks = [pytest.mark.slow] * (name in slow)
+        yield pytest.param(lengths, D, N, dtype, marks=marks, id=f"{lengths}-{D}-{N}-{name}")
+
+
 @pytest.mark.parametrize(
-    ("lengths", "D", "N"),
+    ("lengths", "D", "N", "dtype"),
     [
-        pytest.param([17], 128, 32, marks=pytest.mark.slow),
-        ([33, 1], 8, 16),
-        ([15, 16], 8, 64),
-        ([70, 1, 0], 3, 4),
-        ([18], 36, 6),
+        *widths([17], 128, 32, "fp32", "bf16"),
+        *widths([18, 1], 8, 16, "bf16"),
+        *widths([15, 16], 8, 64, "bf16"),
+        *widths([40, 1, 0], 3, 4),
+        *widths([18], 36, 6, "bf16"),
     ],
-    ids=str,
 )
 def test_widths_of_the_models(lengths, D, N, dtype):
     assert right(make("selective_scan", lengths, {"D": D, "N": N}, dtype, DEVICE), "triton") == {}
 
 
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("lengths", [[17, 3, 20], [20, 0]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([17, 3, 20], marks=pytest.mark.slow), [20, 0]], ids=str)
 def test_chunks_that_fill_up_a_table(lengths, states, monkeypatch):
     monkeypatch.setattr(scan, "borders", lambda cu_seqlens: Filled(borders(cu_seqlens)))
     assert right(make("selective_scan", lengths, {"D": 5, "N": 3}, device=DEVICE, states=states), "triton") == {}
@@ -71,14 +77,14 @@ def test_programs_that_go_through_several_chunks_and_blocks(programs, chunks, mo
     monkeypatch.setattr(scan, "PROGRAMS", programs)
     monkeypatch.setattr(scan, "CHUNKS", chunks)
     monkeypatch.setattr(scan, "borders", lambda cu_seqlens: Filled(borders(cu_seqlens)))
-    assert right(make("selective_scan", [20, 33, 3], {"D": 17, "N": 3}, device=DEVICE), "triton") == {}
+    assert right(make("selective_scan", [20, 3], {"D": 17, "N": 3}, device=DEVICE), "triton") == {}
 
 
 def test_many_programs_share_out_the_work():
-    assert scan._shares(150, 16) == (150, 16)
-    assert scan._shares(2048, 16) == (2048, 2)
-    assert scan._shares(32768, 16) == (2048, 1)
-    assert scan._shares(0, 16) == (1, 16)
+    assert scan._grid_of_gradients(150, 16) == (150, 16)
+    assert scan._grid_of_gradients(2048, 16) == (2048, 2)
+    assert scan._grid_of_gradients(32768, 16) == (2048, 1)
+    assert scan._grid_of_gradients(0, 16) == (1, 16)
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -96,7 +102,7 @@ def test_final_states_without_outputs(lengths, filled, monkeypatch):
         backend="reference",
     )  # fmt: skip
     y, final = scan.selective_scan_triton(
-        C=None, D=None, z=None, **inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True
+        ScanArguments(C=None, **inputs, dt_softplus=True, cu_seqlens=cu_seqlens, return_final_state=True)
     )
     assert y is None
     found, want = results(case, (final,), inputs), results(case, (truth,), exact)
@@ -149,7 +155,7 @@ def test_what_a_call_launches(last, monkeypatch):
     if last:
         inputs["C"] = inputs["C"][case.fixed["cu_seqlens"][1:].long() - 1].detach()
     known = borders(case.fixed["cu_seqlens"])  # as the loader has found them
-    known.chunks(scan.ROWS), known.joints(scan.ROWS)
+    known.chunks(scan.ROWS), known.chunk_boundaries(scan.ROWS)
     with Count() as forward:
         if last:
             y = selective_scan_last(**inputs, **case.fixed, backend="triton")

@@ -114,8 +114,8 @@ from triton.compiler import ASTSource
 from recbole_ssm.ops.ssd import last_triton
 
 LIKE_INPUT = "x dt B C y grad_y grad_x grad_dt".split()
-for dtype, absent in (("fp32", []), ("bf16", ["D", "dt_bias", "left"])):
-    for rows, heads in ((8, 32), (32, 8)):
+for dtype, absent, blocks in (("fp32", [], [(32, 8)]), ("bf16", ["D", "dt_bias", "decay_to_end"], [(8, 32), (32, 8)])):
+    for rows, heads in blocks:
         for kernel in (last_triton._forward, last_triton._backward):
             constants = {"P": 16, "N": 64, "BLOCK_P": 16, "BLOCK_N": 64, "ROWS": rows, "HEADS": heads}
             constants |= {"BLOCK_HEADS": heads, "SOFTPLUS": True}
@@ -132,12 +132,11 @@ for dtype, absent in (("fp32", []), ("bf16", ["D", "dt_bias", "left"])):
                     aligned[(place,)] = [["tt.divisibility", 16]]
                     signature[name] = "*i32" if name == "cu_seqlens" else f"*{dtype if name in LIKE_INPUT else 'fp32'}"
             source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-            for capability in (80, 90):
-                options = {"num_warps": last_triton.WARPS}
-                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                assert "wgmma" not in compiled.asm["ptx"]
-                assert compiled.metadata.shared < 99 * 1024
-                print("compiled")
+            options = {"num_warps": last_triton.WARPS}
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert "wgmma" not in compiled.asm["ptx"]
+            assert compiled.metadata.shared < 99 * 1024
+            print("compiled")
 """
 
 
@@ -148,4 +147,4 @@ def test_both_kernels_compile_at_the_models_size(tmp_path):
         [sys.executable, "-c", SCRIPT], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 16
+    assert run.stdout.count("compiled") == 6

@@ -10,10 +10,10 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp, group_borders, helper
 
 
-@part
+@helper
 def _sum_taps(out, x, taps, bias, t, begin):
     """``out [D] = bias + sum_k taps[k] x[t - K + 1 + k]`` over the rows that are not before ``begin``."""
     first = max(begin, t - len(taps) + 1)
@@ -32,7 +32,7 @@ def _sum_taps(out, x, taps, bias, t, begin):
             out[d] += tap[d] * row[d] + next_tap[d] * next_row[d]
 
 
-@part
+@helper
 def _sigmoid(v):
     e = exp(-abs(v))
     return (np.float32(1.0) if v >= np.float32(0.0) else e) / (np.float32(1.0) + e)
@@ -64,8 +64,8 @@ def _backward(x, taps, bias, silu, cu_seqlens, group_of, grad_y, grad_x, grad_ta
                     _sum_taps(grad_sum, x, taps, bias, t, begin)
                     for d in range(len(grad_sum)):
                         v = grad_sum[d]
-                        share = _sigmoid(v)
-                        grad_sum[d] = incoming[d] * share * (np.float32(1.0) + v * (np.float32(1.0) - share))
+                        gate = _sigmoid(v)
+                        grad_sum[d] = incoming[d] * gate * (np.float32(1.0) + v * (np.float32(1.0) - gate))
                 else:
                     for d in range(len(grad_sum)):
                         grad_sum[d] = incoming[d]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dense_rows, sigmoid
 from recbole_ssm.ops.packing import positions as row_positions
 
 ROWS = 32
@@ -51,26 +51,26 @@ def _forward(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward_weight(
-    x, weight, bias, positions, grad_y, grad_sum, shares, n_rows, n_channels, x_stride, y_stride,
+    x, weight, bias, positions, grad_y, grad_sum, sums, n_rows, n_channels, x_stride, y_stride,
     SILU: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the weighted sum, and this tile's share of the gradients of weight and, after that, bias."""
+    """Gradient of the weighted sum, and its sums over this tile's rows for the weight and, after that, the bias."""
     t, d, real, here = _tile(n_rows, n_channels, ROWS, CHANNELS)
-    shares += tl.program_id(0).to(tl.int64) * n_channels * (K + 1)
+    sums += tl.program_id(0).to(tl.int64) * n_channels * (K + 1)
     position = tl.load(positions + t, mask=real, other=0)
     inside = real[:, None] & here[None, :]
     g = tl.load(grad_y + t[:, None] * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if SILU:
         total = _before_activation(x, weight, bias, t, d, position, real, here, x_stride, K)
-        share = sigmoid(total)
-        g *= share * (1.0 + total * (1.0 - share))
+        gate = sigmoid(total)
+        g *= gate * (1.0 + total * (1.0 - gate))
         tl.store(grad_sum + t[:, None] * n_channels + d[None, :], g.to(grad_sum.dtype.element_ty), mask=inside)
     for back in tl.static_range(K):
         seen = (real & (position >= back))[:, None] & here[None, :]
         value = tl.load(x + (t - back)[:, None] * x_stride + d[None, :], mask=seen, other=0.0).to(tl.float32)
-        tl.store(shares + d * K + (K - 1 - back), tl.sum(g * value, 0), mask=here)
+        tl.store(sums + d * K + (K - 1 - back), tl.sum(g * value, 0), mask=here)
     if bias is not None:
-        tl.store(shares + n_channels * K + d, tl.sum(g, 0), mask=here)
+        tl.store(sums + n_channels * K + d, tl.sum(g, 0), mask=here)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -95,14 +95,15 @@ def _backward_input(
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, silu, cu_seqlens):
-        x, weight = rows(x), weight.contiguous()
+        x, weight = dense_rows(x), weight.contiguous()
         positions = row_positions(cu_seqlens)
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
         y = x.new_empty(x.shape)
         grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(n_channels, CHANNELS))
         if n_rows:
             _forward[grid](
-                x, weight, bias, positions, y, n_rows, n_channels, x.stride(0), silu, taps, ROWS, CHANNELS
+                x=x, weight=weight, bias=bias, positions=positions, y=y, n_rows=n_rows, n_channels=n_channels,
+                x_stride=x.stride(0), SILU=silu, K=taps, ROWS=ROWS, CHANNELS=CHANNELS,
             )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, positions)
         ctx.silu, ctx.grid = silu, grid
@@ -113,19 +114,21 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight, bias, positions = ctx.saved_tensors
         (n_rows, n_channels), taps = x.shape, weight.shape[1]
-        grad_y = rows(grad_y)
+        grad_y = dense_rows(grad_y)
         grad_sum = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.silu else grad_y
         grad_x = x.new_empty(x.shape)
-        shares = x.new_empty(ctx.grid[0], n_channels * (taps + 1), dtype=torch.float32)
+        sums = x.new_empty(ctx.grid[0], n_channels * (taps + 1), dtype=torch.float32)
+        sizes = {"n_rows": n_rows, "n_channels": n_channels, "K": taps, "ROWS": ROWS, "CHANNELS": CHANNELS}
         if n_rows:
             _backward_weight[ctx.grid](
-                x, weight, bias, positions, grad_y, grad_sum, shares,
-                n_rows, n_channels, x.stride(0), grad_y.stride(0), ctx.silu, taps, ROWS, CHANNELS,
+                x=x, weight=weight, bias=bias, positions=positions, grad_y=grad_y, grad_sum=grad_sum, sums=sums,
+                x_stride=x.stride(0), y_stride=grad_y.stride(0), SILU=ctx.silu, **sizes,
             )  # fmt: skip
             _backward_input[ctx.grid](
-                grad_sum, weight, positions, grad_x, n_rows, n_channels, grad_sum.stride(0), taps, ROWS, CHANNELS
+                grad_sum=grad_sum, weight=weight, positions=positions, grad_x=grad_x, sum_stride=grad_sum.stride(0),
+                **sizes,
             )  # fmt: skip
-        grad_weight, grad_bias = shares.sum(0).split([n_channels * taps, n_channels])
+        grad_weight, grad_bias = sums.sum(0).split([n_channels * taps, n_channels])
         return grad_x, grad_weight.view(weight.shape), None if bias is None else grad_bias, None, None
 
 

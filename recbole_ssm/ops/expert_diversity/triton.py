@@ -1,7 +1,7 @@
 """How alike experts answer on a GPU: one Triton kernel that computes the loss and, at the same time, its gradient.
 
 A program holds all experts' directions ``u`` of one representation, ``[E, d]``, and goes through the experts once more:
-``c_j = u_i . u_j`` for all ``j != i`` gives ``i``'s share of the loss, ``sum_j c_j^2``, and its direction's gradient,
+``c_j = u_i . u_j`` for all ``j != i`` gives what ``i`` adds to the loss, ``sum_j c_j^2``, and its direction's gradient,
 ``4 sum_j c_j u_j``, for each pair counts twice.
 """
 
@@ -72,8 +72,8 @@ class _ExpertDiversity(torch.autograd.Function):
             }  # fmt: skip
             warps = max(1, min(MOST_WARPS, sizes["BLOCK_E"] * sizes["BLOCK_D"] // ELEMENTS_PER_WARP))
             _loss_and_gradient[(n_rows,)](
-                experts, weights, losses, gradient, scale, n_rows, experts.stride(0), experts.stride(1),
-                **sizes, num_warps=warps,
+                experts=experts, weights=weights, losses=losses, gradient=gradient, scale=scale, n_rows=n_rows,
+                expert_stride=experts.stride(0), row_stride=experts.stride(1), **sizes, num_warps=warps,
             )  # fmt: skip
         ctx.gradient, ctx.dtype = gradient, experts.dtype
         return losses.sum() if n_rows or weights is not None else losses.mean()

@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from recbole_ssm.ops.kernels import (
     columns_per_block,
     dense,
+    dense_rows,
     dot,
     dot_precision,
     load_rows,
-    rows,
     rows_per_block,
     store_rows,
     tuned,
@@ -31,7 +31,7 @@ from recbole_ssm.ops.packing import borders
 
 TILE = 64
 STEP = tl.constexpr(32)  # columns read at a time where features are wider than a tile
-ONE_QUERY = 16  # rows of a block that holds one: products start there
+ONE_QUERY = 16  # rows of a block that holds one: a product has at least so many
 
 # Finite, so that a row which has seen nothing yet does not subtract infinity from itself.
 LOWEST = tl.constexpr(-1e30)
@@ -44,7 +44,7 @@ SHAPE = ["P", "E", "QUERIES", "KEYS", "LAST"]
 
 
 @triton.jit
-def _block(cu_seqlens, sequences, starts, SIZE: tl.constexpr):
+def _block(cu_seqlens, sequences, first_chunks, SIZE: tl.constexpr):
     """The program's sequence, where it begins, its length, and the first of the program's rows, counted from there.
 
     Without tables a program's rows are the last of its sequence.
@@ -57,7 +57,7 @@ def _block(cu_seqlens, sequences, starts, SIZE: tl.constexpr):
     count = (tl.load(cu_seqlens + sequence + 1) - begin).to(tl.int32)
     first = count - 1
     if sequences is not None:
-        first = (block - tl.load(starts + sequence)) * SIZE
+        first = (block - tl.load(first_chunks + sequence)) * SIZE
     return sequence, begin, count, first
 
 
@@ -71,7 +71,7 @@ def _inverse_norms(norms, row, real, n_metrics):
 
 @triton.jit
 def _products(
-    tile_q, tile_k, q_features, k_features, i, j, asked, there, stride,
+    tile_q, tile_k, q_features, k_features, i, j, query_mask, key_mask, stride,
     E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of queries' and keys' features, ``[queries, keys]``; one tile is all of narrow ones."""
@@ -79,8 +79,8 @@ def _products(
         return dot(tile_q, tl.trans(tile_k), PRECISION)
     products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for start in range(0, E, STEP):
-        of_q = load_rows(q_features, i, asked, stride, 0, E, STEP, start)
-        of_k = load_rows(k_features, j, there, stride, 0, E, STEP, start)
+        of_q = load_rows(q_features, i, query_mask, stride, 0, E, STEP, start)
+        of_k = load_rows(k_features, j, key_mask, stride, 0, E, STEP, start)
         products += dot(of_q, tl.trans(of_k), PRECISION)
     return products
 
@@ -108,7 +108,8 @@ def _weights(score_weight, similarity_weight, thresholds, h, P: tl.constexpr):
 @tuned(SHAPE, LAUNCHES, KEYS=32)
 @triton.jit
 def _forward(
-    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, out, log_sums,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, first_chunks, out,
+    log_sums,
     n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride,
     P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     LAST: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -116,34 +117,34 @@ def _forward(
     h = tl.program_id(1)
     metric = tl.minimum(h, n_metrics - 1)
     feature, norms = feature + metric * E, norms + metric
-    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, QUERIES)
+    sequence, begin, count, first = _block(cu_seqlens, sequences, first_chunks, QUERIES)
     scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
     i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     position = first + i
-    asked = (position >= 0) & (position < count)
-    asking = begin + first
-    queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
-    tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE)
-    inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
+    query_mask = (position >= 0) & (position < count)
+    first_query = begin + first
+    queries = load_rows(q + first_query * q_stride, i, query_mask, q_stride, h * P, P, BLOCK_P)
+    tile_q = load_rows(feature + first_query * feature_stride, i, query_mask, feature_stride, 0, E, TILE)
+    inverse_q = _inverse_norms(norms + first_query * n_metrics, i, query_mask, n_metrics)
     highest = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     context = tl.zeros([QUERIES, BLOCK_P], tl.float32)
     earliest = 0 if WINDOW is None else tl.maximum(0, first - WINDOW + 1)
     end = tl.where(first < count, tl.minimum(first + QUERIES, count), 0)
     for start in range(earliest, end, KEYS):
-        there = start + j < count
-        at = begin + start
-        keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
-        values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
-        tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE)
-        inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
+        key_mask = start + j < count
+        first_key = begin + start
+        keys = load_rows(k + first_key * k_stride, j, key_mask, k_stride, h * P, P, BLOCK_P)
+        values = load_rows(v + first_key * v_stride, j, key_mask, v_stride, h * P, P, BLOCK_P)
+        tile_k = load_rows(feature + first_key * feature_stride, j, key_mask, feature_stride, 0, E, TILE)
+        inverse_k = _inverse_norms(norms + first_key * n_metrics, j, key_mask, n_metrics)
         products = _products(
-            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
-            feature_stride, E, TILE, PRECISION,
+            tile_q, tile_k, feature + first_query * feature_stride, feature + first_key * feature_stride, i, j,
+            query_mask, key_mask, feature_stride, E, TILE, PRECISION,
         )  # fmt: skip
         cosine = products * inverse_q[:, None] * inverse_k[None, :]
         logits, _above = _logits(
-            queries, keys, cosine, position, start + j, there[None, :], scale, w2, threshold, WINDOW, PRECISION
+            queries, keys, cosine, position, start + j, key_mask[None, :], scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
         now = tl.maximum(highest, tl.max(logits, 1))
         weights = tl.exp(logits - now[:, None])
@@ -151,24 +152,25 @@ def _forward(
         total = total * shrink + tl.sum(weights, 1)
         context = context * shrink[:, None] + dot(weights.to(values.dtype), values, PRECISION)
         highest = now
-    total = tl.where(asked, total, 1.0)
+    total = tl.where(query_mask, total, 1.0)
+    out_row = first_query
     if LAST:
         # The output of a sequence without rows is 0.
-        asking, asked = sequence, i == 0
-    store_rows(out + asking * n_heads * P, i, asked, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
-    tl.store(log_sums + (asking + i) * n_heads + h, highest + tl.log(total), mask=asked)
+        out_row, query_mask = sequence, i == 0
+    store_rows(out + out_row * n_heads * P, i, query_mask, n_heads * P, h * P, context / total[:, None], P, BLOCK_P)
+    tl.store(log_sums + (out_row + i) * n_heads + h, highest + tl.log(total), mask=query_mask)
 
 
 @tuned(SHAPE, LAUNCHES, KEYS=32)
 @triton.jit
 def _backward_queries(
-    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, out, log_sums,
-    grad_out, deltas, grad_q, grad_feature, grad_weights,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, first_chunks, out,
+    log_sums, grad_out, deltas, grad_q, grad_feature, grad_weights,
     n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride, out_stride,
     P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     LAST: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and of their features, this block's share of the weights', and ``deltas``.
+    """Gradients of queries and of their features, those of the weights summed over this block's rows, and ``deltas``.
 
     A row's delta is the sum over keys of each weight times its gradient, or the product of output and its gradient.
     """
@@ -176,40 +178,40 @@ def _backward_queries(
     column = tl.program_id(2) * TILE
     metric = tl.minimum(h, n_metrics - 1)
     feature, norms = feature + metric * E, norms + metric
-    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, QUERIES)
+    sequence, begin, count, first = _block(cu_seqlens, sequences, first_chunks, QUERIES)
     scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
     i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     position = first + i
-    asked = (position >= 0) & (position < count)
-    asking = begin + first
-    told = sequence if LAST else asking
-    queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
-    tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE, column)
-    inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
-    of_out = load_rows(grad_out + told * out_stride, i, asked, out_stride, h * P, P, BLOCK_P)
-    context = load_rows(out + told * n_heads * P, i, asked, n_heads * P, h * P, P, BLOCK_P)
+    query_mask = (position >= 0) & (position < count)
+    first_query = begin + first
+    out_row = sequence if LAST else first_query
+    queries = load_rows(q + first_query * q_stride, i, query_mask, q_stride, h * P, P, BLOCK_P)
+    tile_q = load_rows(feature + first_query * feature_stride, i, query_mask, feature_stride, 0, E, TILE, column)
+    inverse_q = _inverse_norms(norms + first_query * n_metrics, i, query_mask, n_metrics)
+    of_out = load_rows(grad_out + out_row * out_stride, i, query_mask, out_stride, h * P, P, BLOCK_P)
+    context = load_rows(out + out_row * n_heads * P, i, query_mask, n_heads * P, h * P, P, BLOCK_P)
     # Taken as the products with values are, so that where one key is seen alone their difference is exactly 0.
     delta = tl.sum(tl.where(i[:, None] == i[None, :], dot(of_out, tl.trans(context), PRECISION), 0.0), 1)
-    log_sum = tl.load(log_sums + (told + i) * n_heads + h, mask=asked, other=0.0)
+    log_sum = tl.load(log_sums + (out_row + i) * n_heads + h, mask=query_mask, other=0.0)
     of_queries = tl.zeros([QUERIES, BLOCK_P], tl.float32)
     of_similarity = tl.zeros([QUERIES], tl.float32)
     of_directions = tl.zeros([QUERIES, TILE], tl.float32)
     earliest = 0 if WINDOW is None else tl.maximum(0, first - WINDOW + 1)
     end = tl.where(first < count, tl.minimum(first + QUERIES, count), 0)
     for start in range(earliest, end, KEYS):
-        there = start + j < count
-        at = begin + start
-        keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
-        values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
-        tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE, column)
-        inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
+        key_mask = start + j < count
+        first_key = begin + start
+        keys = load_rows(k + first_key * k_stride, j, key_mask, k_stride, h * P, P, BLOCK_P)
+        values = load_rows(v + first_key * v_stride, j, key_mask, v_stride, h * P, P, BLOCK_P)
+        tile_k = load_rows(feature + first_key * feature_stride, j, key_mask, feature_stride, 0, E, TILE, column)
+        inverse_k = _inverse_norms(norms + first_key * n_metrics, j, key_mask, n_metrics)
         products = _products(
-            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
-            feature_stride, E, TILE, PRECISION,
+            tile_q, tile_k, feature + first_query * feature_stride, feature + first_key * feature_stride, i, j,
+            query_mask, key_mask, feature_stride, E, TILE, PRECISION,
         )  # fmt: skip
         cosine = products * inverse_q[:, None] * inverse_k[None, :]
         logits, above = _logits(
-            queries, keys, cosine, position, start + j, there[None, :], scale, w2, threshold, WINDOW, PRECISION
+            queries, keys, cosine, position, start + j, key_mask[None, :], scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
         of_weights = dot(of_out, tl.trans(values), PRECISION)
         of_logits = tl.exp(logits - log_sum[:, None]) * (of_weights - delta[:, None])
@@ -221,20 +223,21 @@ def _backward_queries(
     if grad_feature is not None:
         along = w2 * of_similarity * inverse_q
         of_features = (of_directions - along[:, None] * tile_q.to(tl.float32)) * inverse_q[:, None]
-        grad_feature += asking * n_heads * E + h * E
-        store_rows(grad_feature, i, asked, n_heads * E, 0, of_features, E, TILE, column)
+        grad_feature += first_query * n_heads * E + h * E
+        store_rows(grad_feature, i, query_mask, n_heads * E, 0, of_features, E, TILE, column)
     if column == 0:
-        store_rows(grad_q + asking * n_heads * P, i, asked, n_heads * P, h * P, scale * of_queries, P, BLOCK_P)
-        tl.store(deltas + (told + i) * n_heads + h, delta, mask=asked)
-        share = grad_weights + tl.program_id(0).to(tl.int64) * n_heads + h
-        tl.store(share, tl.sum(of_queries * queries.to(tl.float32)) * P**-0.5)
-        tl.store(share + tl.num_programs(0).to(tl.int64) * n_heads, tl.sum(of_similarity, 0))
+        place, row = first_query * n_heads * P, n_heads * P
+        store_rows(grad_q + place, i, query_mask, row, h * P, scale * of_queries, P, BLOCK_P)
+        tl.store(deltas + (out_row + i) * n_heads + h, delta, mask=query_mask)
+        weights_at = grad_weights + tl.program_id(0).to(tl.int64) * n_heads + h
+        tl.store(weights_at, tl.sum(of_queries * queries.to(tl.float32)) * P**-0.5)
+        tl.store(weights_at + tl.num_programs(0).to(tl.int64) * n_heads, tl.sum(of_similarity, 0))
 
 
 @tuned(SHAPE, LAUNCHES, QUERIES=32)
 @triton.jit
 def _backward_keys(
-    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, starts, log_sums,
+    q, k, v, feature, norms, score_weight, similarity_weight, thresholds, cu_seqlens, sequences, first_chunks, log_sums,
     grad_out, deltas, of_queries, grad_q, grad_k, grad_v, grad_feature,
     n_heads, n_metrics, q_stride, k_stride, v_stride, feature_stride, out_stride,
     P: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -245,15 +248,15 @@ def _backward_keys(
     column = tl.program_id(2) * TILE
     metric = tl.minimum(h, n_metrics - 1)
     feature, norms = feature + metric * E, norms + metric
-    sequence, begin, count, first = _block(cu_seqlens, sequences, starts, KEYS)
+    sequence, begin, count, first = _block(cu_seqlens, sequences, first_chunks, KEYS)
     scale, w2, threshold = _weights(score_weight, similarity_weight, thresholds, h, P)
     i, j = tl.arange(0, QUERIES), tl.arange(0, KEYS)
-    there = first + j < count
-    at = begin + first
-    keys = load_rows(k + at * k_stride, j, there, k_stride, h * P, P, BLOCK_P)
-    values = load_rows(v + at * v_stride, j, there, v_stride, h * P, P, BLOCK_P)
-    tile_k = load_rows(feature + at * feature_stride, j, there, feature_stride, 0, E, TILE, column)
-    inverse_k = _inverse_norms(norms + at * n_metrics, j, there, n_metrics)
+    key_mask = first + j < count
+    first_key = begin + first
+    keys = load_rows(k + first_key * k_stride, j, key_mask, k_stride, h * P, P, BLOCK_P)
+    values = load_rows(v + first_key * v_stride, j, key_mask, v_stride, h * P, P, BLOCK_P)
+    tile_k = load_rows(feature + first_key * feature_stride, j, key_mask, feature_stride, 0, E, TILE, column)
+    inverse_k = _inverse_norms(norms + first_key * n_metrics, j, key_mask, n_metrics)
     of_keys = tl.zeros([KEYS, BLOCK_P], tl.float32)
     of_values = tl.zeros([KEYS, BLOCK_P], tl.float32)
     of_directions = tl.zeros([KEYS, TILE], tl.float32)
@@ -262,21 +265,21 @@ def _backward_keys(
     end = count if WINDOW is None else tl.minimum(count, first + KEYS + WINDOW - 1)
     for start in range(earliest, end, QUERIES):
         position = start + i
-        asked = position < count
-        asking = begin + start
-        told = sequence if LAST else asking
-        queries = load_rows(q + asking * q_stride, i, asked, q_stride, h * P, P, BLOCK_P)
-        tile_q = load_rows(feature + asking * feature_stride, i, asked, feature_stride, 0, E, TILE, column)
-        inverse_q = _inverse_norms(norms + asking * n_metrics, i, asked, n_metrics)
-        of_out = load_rows(grad_out + told * out_stride, i, asked, out_stride, h * P, P, BLOCK_P)
-        log_sum = tl.load(log_sums + (told + i) * n_heads + h, mask=asked, other=0.0)
-        delta = tl.load(deltas + (told + i) * n_heads + h, mask=asked, other=0.0)
+        query_mask = position < count
+        first_query = begin + start
+        out_row = sequence if LAST else first_query
+        queries = load_rows(q + first_query * q_stride, i, query_mask, q_stride, h * P, P, BLOCK_P)
+        tile_q = load_rows(feature + first_query * feature_stride, i, query_mask, feature_stride, 0, E, TILE, column)
+        inverse_q = _inverse_norms(norms + first_query * n_metrics, i, query_mask, n_metrics)
+        of_out = load_rows(grad_out + out_row * out_stride, i, query_mask, out_stride, h * P, P, BLOCK_P)
+        log_sum = tl.load(log_sums + (out_row + i) * n_heads + h, mask=query_mask, other=0.0)
+        delta = tl.load(deltas + (out_row + i) * n_heads + h, mask=query_mask, other=0.0)
         products = _products(
-            tile_q, tile_k, feature + asking * feature_stride, feature + at * feature_stride, i, j, asked, there,
-            feature_stride, E, TILE, PRECISION,
+            tile_q, tile_k, feature + first_query * feature_stride, feature + first_key * feature_stride, i, j,
+            query_mask, key_mask, feature_stride, E, TILE, PRECISION,
         )  # fmt: skip
         cosine = products * inverse_q[:, None] * inverse_k[None, :]
-        real = asked[:, None] & there[None, :]
+        real = query_mask[:, None] & key_mask[None, :]
         logits, above = _logits(
             queries, keys, cosine, position, first + j, real, scale, w2, threshold, WINDOW, PRECISION
         )  # fmt: skip
@@ -291,14 +294,14 @@ def _backward_keys(
             of_directions += dot(of_cosine, tile_q, PRECISION)
     if grad_feature is not None:
         of_features = (of_directions - (along * inverse_k)[:, None] * tile_k.to(tl.float32)) * inverse_k[:, None]
-        asks = first + j == count - 1 if LAST else there
-        place = at * n_heads * E + h * E
+        asks = first + j == count - 1 if LAST else key_mask
+        place = first_key * n_heads * E + h * E
         of_features += load_rows(of_queries + place, j, asks, n_heads * E, 0, E, TILE, column)
-        store_rows(grad_feature + place, j, there, n_heads * E, 0, of_features, E, TILE, column)
+        store_rows(grad_feature + place, j, key_mask, n_heads * E, 0, of_features, E, TILE, column)
     if column == 0:
-        place, row = at * n_heads * P, n_heads * P
-        store_rows(grad_k + place, j, there, row, h * P, scale * of_keys, P, BLOCK_P)
-        store_rows(grad_v + place, j, there, row, h * P, of_values, P, BLOCK_P)
+        place, row = first_key * n_heads * P, n_heads * P
+        store_rows(grad_k + place, j, key_mask, row, h * P, scale * of_keys, P, BLOCK_P)
+        store_rows(grad_v + place, j, key_mask, row, h * P, of_values, P, BLOCK_P)
         if LAST:
             silent = first + j < count - 1
             store_rows(grad_q + place, j, silent, row, h * P, tl.zeros([KEYS, BLOCK_P], tl.float32), P, BLOCK_P)
@@ -307,7 +310,7 @@ def _backward_keys(
 class _PreferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, feature, score_weight, similarity_weight, threshold, cu_seqlens, window, last):
-        q, k, v, feature = (rows(t) for t in (q, k, v, feature))
+        q, k, v, feature = (dense_rows(t) for t in (q, k, v, feature))
         (n_rows, n_heads, width), (n_metrics, size) = q.shape, feature.shape[1:]
         n_sequences = len(cu_seqlens) - 1
         block = rows_per_block(n_rows, n_sequences)
@@ -322,7 +325,7 @@ class _PreferenceAttention(torch.autograd.Function):
         }  # fmt: skip
         # The kernels over queries; without tables where there is one query a sequence.
         by_query = {
-            "sequences": None if last else tables[0], "starts": None if last else tables[1],
+            "sequences": None if last else tables[0], "first_chunks": None if last else tables[1],
             "QUERIES": ONE_QUERY if last else block,
         }  # fmt: skip
         sizes = {
@@ -341,11 +344,11 @@ class _PreferenceAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        *inputs, sequences, starts, out, log_sums = ctx.saved_tensors
+        *inputs, sequences, first_chunks, out, log_sums = ctx.saved_tensors
         inputs = dict(zip(ctx.names, inputs, strict=True))
         q, k, v, feature = (inputs[name] for name in ("q", "k", "v", "feature"))
         last, n_heads = ctx.sizes["LAST"], q.shape[1]
-        grad_out = rows(grad_out)
+        grad_out = dense_rows(grad_out)
         sizes = {**ctx.sizes, "out_stride": grad_out.stride(0)}
         deltas = torch.empty_like(log_sums)
         grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
@@ -364,9 +367,9 @@ class _PreferenceAttention(torch.autograd.Function):
             )  # fmt: skip
         if len(sequences):
             _backward_keys[len(sequences), n_heads, n_tiles](
-                **inputs, sequences=sequences, starts=starts, log_sums=log_sums, grad_out=grad_out, deltas=deltas,
-                of_queries=of_queries, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_feature=grad_feature,
-                **sizes, KEYS=ctx.block,
+                **inputs, sequences=sequences, first_chunks=first_chunks, log_sums=log_sums, grad_out=grad_out,
+                deltas=deltas, of_queries=of_queries, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+                grad_feature=grad_feature, **sizes, KEYS=ctx.block,
             )  # fmt: skip
         if grad_feature is not None and feature.shape[1] < n_heads:
             grad_feature = grad_feature.sum(1, keepdim=True)

@@ -1,5 +1,6 @@
 """Selective scan of Mamba-1 (arXiv 2312.00752, eq. 2 and algorithm 2) over packed sequences."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, sequence_lengths, single_rows
+from recbole_ssm.ops.scan_arguments import ScanArguments
 from recbole_ssm.ops.selective_scan.reference import selective_scan_reference
-from recbole_ssm.ops.step_sizes import step_sizes
 
 
 def selective_scan(
@@ -69,9 +70,10 @@ def selective_scan(
         lacks = "gradient of the final state"
     states = initial_state is not None or return_final_state
     chosen = choose("selective_scan", backend, x, {"D": A.shape[0], "N": A.shape[1]}, lacks, states)
-    y, final_state = _run(
-        chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-    )
+    scan = ScanArguments(
+        x, dt, A, B, C, cu_seqlens, D, z, dt_bias, dt_softplus, initial_state, return_final_state
+    )  # fmt: skip
+    y, final_state = _run(chosen, scan)
     return (y, final_state) if return_final_state else y
 
 
@@ -85,43 +87,36 @@ def _check(cu_seqlens, x, dt, A, B, **more):
         )
 
 
-def _run(
-    chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-):  # fmt: skip
+def _run(chosen: str, scan: ScanArguments) -> Any:
     if chosen == "triton":
         from recbole_ssm.ops.selective_scan.triton import selective_scan_triton
 
-        return selective_scan_triton(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-        )
+        return selective_scan_triton(scan)
     if chosen == "mamba_ssm":
         from recbole_ssm.ops.selective_scan.external import selective_scan_external
 
-        return selective_scan_external(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens)
-    return _on_torch(chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state)
+        return selective_scan_external(scan)
+    return _on_torch(chosen, scan)
 
 
-def _on_torch(
-    chosen, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-):  # fmt: skip
+def _on_torch(chosen: str, scan: ScanArguments) -> Any:
     """The backends that compute the recurrence alone; torch does what comes before and after it."""
-    # The recurrence sums hundreds of terms, so it runs in float32 whatever the dtype of the activations.
-    compute = torch.promote_types(x.dtype, torch.float32)
-    dt = step_sizes(dt, dt_bias, dt_softplus, compute)
-    if initial_state is not None:
-        initial_state = initial_state.to(compute)
-    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
+    dtype, scan = scan.x.dtype, scan.with_step_sizes()
+    recurrence: dict[str, Any] = {
+        "x": scan.x, "dt": scan.dt, "A": scan.A, "B": scan.B, "C": scan.C, "initial_state": scan.initial_state,
+        "cu_seqlens": scan.cu_seqlens,
+    }  # fmt: skip
     if chosen == "cpu":
         from recbole_ssm.ops.selective_scan.cpu import selective_scan_cpu
 
-        y, final_state = selective_scan_cpu(u, dt, A, B, C, initial_state, cu_seqlens, return_final_state)
+        y, final_state = selective_scan_cpu(**recurrence, return_final_state=scan.return_final_state)
     else:
-        y, final_state = selective_scan_reference(u, dt, A, B, C, initial_state, cu_seqlens)
-    if D is not None:
-        y = y + D.to(compute) * u
-    if z is not None:
-        y = y * F.silu(z.to(compute))
-    return y.to(x.dtype), final_state
+        y, final_state = selective_scan_reference(**recurrence)
+    if scan.D is not None:
+        y = y + scan.D * scan.x
+    if scan.z is not None:
+        y = y * F.silu(scan.z)
+    return y.to(dtype), final_state
 
 
 def selective_scan_last(
@@ -158,20 +153,18 @@ def selective_scan_last(
     if C.shape != (sequences, B.shape[1]):
         raise ValueError(f"C is {list(C.shape)}, not {[sequences, B.shape[1]]}")
     chosen = choose("selective_scan", backend, x, {"D": A.shape[0], "N": A.shape[1]})
+    scan = ScanArguments(x, dt, A, B, None, cu_seqlens, dt_bias=dt_bias, dt_softplus=dt_softplus)
     if chosen == "mamba_ssm":  # whose final state has no gradient
         # Each row takes its sequence's C, so that an empty sequence, which has no last row, disturbs no other.
-        full, _ = _run(
-            chosen, x, dt, A, B, C.index_select(0, sequence_ids(cu_seqlens)).to(B.dtype), None, None, dt_bias,
-            dt_softplus, None, cu_seqlens, False,
-        )  # fmt: skip
+        full, _ = _run(chosen, replace(scan, C=C.index_select(0, sequence_ids(cu_seqlens)).to(B.dtype)))
         some = sequence_lengths(cu_seqlens) > 0
         return x.new_zeros(sequences, x.shape[1]).index_put((some,), full[last_rows(cu_seqlens)[some]])
     # How each backend is told that no outputs are wanted; the reference has no such way.
     if chosen == "triton":
-        nothing = None
+        no_outputs = None
     else:
-        nothing = B.new_empty(0, B.shape[1]) if chosen == "cpu" else B.new_zeros(B.shape)
-    _, state = _run(chosen, x, dt, A, B, nothing, None, None, dt_bias, dt_softplus, None, cu_seqlens, True)
+        no_outputs = B.new_empty(0, B.shape[1]) if chosen == "cpu" else B.new_zeros(B.shape)
+    _, state = _run(chosen, replace(scan, C=no_outputs, return_final_state=True))
     return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, helper
 
 # States worked on together in the backward pass, more of them in turn. With all that belongs to a row in one array, at
 # distances known beforehand, the compiler sees what does not overlap: twice as fast as one array for each.
@@ -47,7 +47,7 @@ def _forward(x, dt, A, B, C, initial_state, cu_seqlens, group_of, y, final_state
                         final_state[s, d, n] = state[n]
 
 
-@part
+@helper
 def _backward_of_channel(rows, history, channel, x, dt, grad_y, grad_x, grad_dt):
     """One channel of one sequence and :data:`STATES` of its states; adds to the gradients.
 
@@ -146,34 +146,41 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, initial_state, cu_seqlens, return_final_state):
-        inputs = [t.detach().contiguous() for t in (x, dt, A, B, C, initial_state)]
-        arrays = [t.numpy() for t in inputs]
+        given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": initial_state}
+        inputs = {name: t.detach().contiguous() for name, t in given.items()}
         borders = cu_seqlens.numpy()
         y = x.new_empty(len(C), x.shape[1])
         final_state = torch.empty((len(borders) - 1) * return_final_state, *A.shape)
-        _forward(*arrays, borders, group_borders(borders), y.numpy(), final_state.numpy())
-        ctx.save_for_backward(*inputs, cu_seqlens)
+        _forward(
+            **{name: t.numpy() for name, t in inputs.items()}, cu_seqlens=borders, group_of=group_borders(borders),
+            y=y.numpy(), final_state=final_state.numpy(),
+        )  # fmt: skip
+        ctx.save_for_backward(*inputs.values(), cu_seqlens)
+        ctx.names = tuple(inputs)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
         *inputs, cu_seqlens = ctx.saved_tensors
-        x, dt, A, B, C, initial_state = inputs
+        inputs = dict(zip(ctx.names, inputs, strict=True))
+        x, dt, A, B, C, initial_state = inputs.values()
         rows_of_C = len(C)
         if rows_of_C < len(x):
             C, grad_y = torch.zeros_like(B), torch.zeros_like(x)
-            inputs[4] = C
+            inputs["C"] = C
         borders = cu_seqlens.numpy()
         groups = group_borders(borders)
         grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
         grad_A = torch.zeros(len(groups) - 1, *A.shape)
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
         grad_initial = torch.empty_like(initial_state)
-        grads = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_initial)
-        incoming = (grad_y.contiguous(), grad_final.contiguous())
-        arrays = [t.numpy() for t in (*inputs, *incoming, *grads)]
-        _backward(*arrays[:6], borders, groups, *arrays[6:])
+        gradients = {
+            "grad_y": grad_y.contiguous(), "grad_final": grad_final.contiguous(), "grad_x": grad_x, "grad_dt": grad_dt,
+            "grad_A": grad_A, "grad_B": grad_B, "grad_C": grad_C, "grad_initial": grad_initial,
+        }  # fmt: skip
+        arrays = {name: t.numpy() for name, t in (inputs | gradients).items()}
+        _backward(**arrays, cu_seqlens=borders, group_of=groups)
         return grad_x, grad_dt, grad_A.sum(0), grad_B, grad_C[:rows_of_C], grad_initial, None, None
 
 

@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import BATCH_SIZES, dense, rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import BATCH_SIZES, dense, dense_rows, sigmoid, softplus
 from recbole_ssm.ops.packing import borders
+from recbole_ssm.ops.scan_arguments import ScanArguments
 
 ROWS = 16
 # Rows whose loads _outputs has under way together; a shorter rest of a chunk costs no more than it holds.
@@ -50,13 +51,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _chunk(chunk, cu_seqlens, sequences, starts, ROWS: tl.constexpr):
+def _chunk(chunk, cu_seqlens, sequences, first_chunks, ROWS: tl.constexpr):
     """A chunk's sequence, its number within it, its first row (int64) and how many rows follow from there (int32).
 
     At most ``2 ROWS``; none, or less, where the chunk only fills up the table.
     """
     sequence = tl.load(sequences + chunk).to(tl.int64)
-    number = (chunk - tl.load(starts + sequence)).to(tl.int64)
+    number = (chunk - tl.load(first_chunks + sequence)).to(tl.int64)
     first = tl.load(cu_seqlens + sequence).to(tl.int64) + number * ROWS
     left = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - first
     return sequence, number, first, tl.minimum(left, 2 * ROWS).to(tl.int32)
@@ -77,7 +78,7 @@ def _step(dt, inside, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["zero"])
 def _chunk_states(
-    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, final, zero,
+    x, dt, A, B, z, dt_bias, cu_seqlens, sequences, first_chunks, boundaries, states, totals, final, zero,
     WIDTH: tl.constexpr, N: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
@@ -89,7 +90,7 @@ def _chunk_states(
     ``x`` is absent, too, it is zero: then only the sums are written.
     """
     chunk = tl.program_id(0)
-    sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
+    sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, first_chunks, ROWS)
     follows = (number > 0) & (left > 0) if REVERSE else left > ROWS
     if follows or ((final is not None) and (left > 0)):
         d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -129,15 +130,15 @@ def _chunk_states(
         if x is not None:
             size = WIDTH * N
             if follows:
-                joint = tl.load(joints + sequence).to(tl.int64) + (number - 1 if REVERSE else number)
-                tl.store(states + joint * size + place, state, mask=inside_state)
+                boundary = tl.load(boundaries + sequence).to(tl.int64) + (number - 1 if REVERSE else number)
+                tl.store(states + boundary * size + place, state, mask=inside_state)
             elif final is not None:
                 tl.store(final + sequence * size + d[:, None] * N + n[None, :], state, mask=inside_state)
 
 
 @triton.jit
 def _pass_states(
-    A, totals, edge, cu_seqlens, starts, joints, states, final, WIDTH: tl.constexpr, N: tl.constexpr,
+    A, totals, edge, cu_seqlens, first_chunks, boundaries, states, final, WIDTH: tl.constexpr, N: tl.constexpr,
     LOCAL: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Turn what each chunk adds to a state, in ``states`` (and ``final``), into the state, in place.
@@ -153,8 +154,9 @@ def _pass_states(
     by_channel = d * N + place // WIDTH
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     n_chunks = (end - begin + ROWS - 1) // ROWS
-    n_joints = tl.where(inside, n_chunks - 1, 0)
-    first_chunk, first_joint = tl.load(starts + sequence).to(tl.int64), tl.load(joints + sequence).to(tl.int64)
+    n_boundaries = tl.where(inside, n_chunks - 1, 0)
+    first_chunk = tl.load(first_chunks + sequence).to(tl.int64)
+    first_boundary = tl.load(boundaries + sequence).to(tl.int64)
     rate = tl.load(A + place, mask=inside, other=0.0) * LOG2_E
     state = tl.zeros([BLOCK], tl.float32)
     if edge is not None:
@@ -162,20 +164,21 @@ def _pass_states(
     for base in range(0, n_chunks - 1, AHEAD):
         added, sums = (), ()
         for i in tl.static_range(AHEAD):
-            joint = n_chunks - 2 - base - i if REVERSE else base + i
-            inside_joint = base + i < n_joints
-            # A joint lies after the chunk of its number; a gradient comes to it through the chunk behind it.
-            chunk = first_chunk + joint + 1 if REVERSE else first_chunk + joint
-            sums += (tl.load(totals + chunk * WIDTH + d, mask=inside_joint, other=0.0),)
+            boundary = n_chunks - 2 - base - i if REVERSE else base + i
+            inside_boundary = base + i < n_boundaries
+            # A boundary lies after the chunk of its number; a gradient comes to it through the chunk behind it.
+            chunk = first_chunk + boundary + 1 if REVERSE else first_chunk + boundary
+            sums += (tl.load(totals + chunk * WIDTH + d, mask=inside_boundary, other=0.0),)
             if LOCAL:
-                added += (tl.load(states + (first_joint + joint) * size + place, mask=inside_joint, other=0.0),)
+                added_at = states + (first_boundary + boundary) * size + place
+                added += (tl.load(added_at, mask=inside_boundary, other=0.0),)
         for i in tl.static_range(AHEAD):
-            joint = n_chunks - 2 - base - i if REVERSE else base + i
-            inside_joint = base + i < n_joints
+            boundary = n_chunks - 2 - base - i if REVERSE else base + i
+            inside_boundary = base + i < n_boundaries
             state *= tl.exp2(sums[i] * rate)
             if LOCAL:
                 state += added[i]
-            tl.store(states + (first_joint + joint) * size + place, state, mask=inside_joint)
+            tl.store(states + (first_boundary + boundary) * size + place, state, mask=inside_boundary)
     if final is not None:
         if n_chunks > 0:
             total = tl.load(totals + (first_chunk + n_chunks - 1) * WIDTH + d, mask=inside, other=0.0)
@@ -186,13 +189,13 @@ def _pass_states(
 
 @triton.jit(do_not_specialize=["zero"])
 def _outputs(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, zero,
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, first_chunks, boundaries, states, y, final, zero,
     WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, UNROLLED: tl.constexpr,
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, first, left = _chunk(tl.program_id(0), cu_seqlens, sequences, starts, ROWS)
+    sequence, number, first, left = _chunk(tl.program_id(0), cu_seqlens, sequences, first_chunks, ROWS)
     if left > 0:
         d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         n = tl.arange(0, STATES)
@@ -205,8 +208,8 @@ def _outputs(
         rate = tl.load(A + place, mask=inside_state, other=0.0) * LOG2_E
         state = tl.zeros([CHANNELS, STATES], tl.float32)
         if number > 0:
-            joint = tl.load(joints + sequence).to(tl.int64) + number - 1
-            state = tl.load(states + joint * size + place, mask=inside_state, other=0.0)
+            boundary = tl.load(boundaries + sequence).to(tl.int64) + number - 1
+            state = tl.load(states + boundary * size + place, mask=inside_state, other=0.0)
         elif initial is not None:
             state = tl.load(initial + sequence * size + by_channel, mask=inside_state, other=0.0)
         x_at = x + first * X_STRIDE + d
@@ -247,7 +250,7 @@ def _accumulate(pointer, value, inside, again, SHARED: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "n_chunks", "zero"])
 def _gradients(
-    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final,
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, first_chunks, boundaries, states, grad_y, grad_final,
     grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
     n_rows, n_chunks, zero, WIDTH: tl.constexpr, N: tl.constexpr, X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
@@ -255,17 +258,17 @@ def _gradients(
 ):  # fmt: skip
     """Gradients of everything.
 
-    ``by_row`` has those of ``B`` and ``C``, ``[parts, 2, T, N]`` (without grad_y ``[parts, 1, T, N]``), ``sums`` those
-    of ``A``, ``D`` and ``dt_bias`` side by side, ``[programs, D N + 2 D]``. ``SHARED``: a program has several chunks or
-    several blocks of channels.
+    ``by_row`` has those of ``B`` and ``C``, ``[programs over channels, 2, T, N]`` (without grad_y 1 for 2), ``sums``
+    those of ``A``, ``D`` and ``dt_bias`` side by side, ``[programs over chunks, D N + 2 D]``. ``SHARED``: a program has
+    several chunks or several blocks of channels.
     """
     size = WIDTH * N
     sums += tl.program_id(0).to(tl.int64) * (size + 2 * WIDTH)
     grad_B = by_row + tl.program_id(1).to(tl.int64) * n_rows * N * (1 if grad_y is None else 2)
     grad_C = grad_B + tl.cast(n_rows, tl.int64) * N
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, starts, ROWS)
-        joint = tl.load(joints + sequence).to(tl.int64) + number
+        sequence, number, first, left = _chunk(chunk, cu_seqlens, sequences, first_chunks, ROWS)
+        boundary = tl.load(boundaries + sequence).to(tl.int64) + number
         for block in range(tl.program_id(1), tl.cdiv(WIDTH, CHANNELS), tl.num_programs(1)):
             if SHARED:
                 tl.debug_barrier()  # what one lane has stored another may read now, to add to it
@@ -307,12 +310,12 @@ def _gradients(
                 h = tl.zeros([CHANNELS, STATES], tl.float32)
                 if left > 0:
                     if number > 0:
-                        h = tl.load(states + (joint - 1) * size + place, mask=inside_state, other=0.0)
+                        h = tl.load(states + (boundary - 1) * size + place, mask=inside_state, other=0.0)
                     elif initial is not None:
                         h = tl.load(initial + sequence * size + by_channel, mask=inside_state, other=0.0)
                 g = tl.zeros([CHANNELS, STATES], tl.float32)
                 if left > ROWS:
-                    g = tl.load(grad_states + joint * size + place, mask=inside_state, other=0.0)
+                    g = tl.load(grad_states + boundary * size + place, mask=inside_state, other=0.0)
                 elif grad_final is not None and left > 0:
                     g = tl.load(grad_final + sequence * size + by_channel, mask=inside_state, other=0.0)
                 B_at, grad_B_at = B + first * B_STRIDE + n, grad_B + first * N + n
@@ -375,9 +378,9 @@ def _gradients(
                     if z is not None:
                         gate = tl.load(z_at + i * Z_STRIDE, mask=inside, other=0.0).to(tl.float32)
                         out = tl.load(grad_y_at + i * Y_STRIDE, mask=inside, other=0.0).to(tl.float32)
-                        share = sigmoid(gate)
+                        open_gate = sigmoid(gate)
                         whole = tl.sum(ungated[i], 1) + value * skip
-                        of_gate = out * whole * share * (1.0 + gate * (1.0 - share))
+                        of_gate = out * whole * open_gate * (1.0 + gate * (1.0 - open_gate))
                         tl.store(grad_z_at + i * WIDTH, of_gate.to(grad_z.dtype.element_ty), mask=inside)
                 tl.store(grad_dt_at + i * WIDTH, of_step.to(grad_dt.dtype.element_ty), mask=inside)
                 tl.store(grad_x_at + i * WIDTH, of_input.to(grad_x.dtype.element_ty), mask=inside)
@@ -385,96 +388,112 @@ def _gradients(
             _accumulate(sums + size + WIDTH + d, of_bias, here, again, SHARED)
 
 
-def _state_blocks(n_channels: int, n_states: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _tiles(n_states: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Channels and states of a program's tile where it needs all states of a channel, and where any will do."""
-    whole, part = triton.next_power_of_2(n_states), min(16, triton.next_power_of_2(n_states))
-    return (max(8, min(32, TILE // whole)), whole), (min(32, TILE // part), part)
+    padded = triton.next_power_of_2(n_states)
+    some = min(16, padded)
+    return (max(8, min(32, TILE // padded)), padded), (min(32, TILE // some), some)
 
 
-def _shares(n_chunks: int, n_blocks: int) -> tuple[int, int]:
-    """Programs of :func:`_gradients`: those that share out the chunks, and those that share out blocks of channels."""
-    parts = max(1, min(n_blocks, PROGRAMS // max(1, n_chunks)))
-    return max(1, min(n_chunks, CHUNKS)), parts
+def _grid_of_gradients(n_chunks: int, n_blocks: int) -> tuple[int, int]:
+    """Programs of :func:`_gradients` over the chunks, and over the blocks of channels."""
+    over_channels = max(1, min(n_blocks, PROGRAMS // max(1, n_chunks)))
+    return max(1, min(n_chunks, CHUNKS)), over_channels
 
 
-def _row_strides(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.stride(0) for t in tensors]
+def _row_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def _states(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
+def _launch_chunk_states(inputs, states, totals, final, softplus, reverse):
+    """:func:`_chunk_states` of ``inputs``, its arguments from ``x`` to ``boundaries``."""
+    n_states, n_channels = inputs["A"].shape
+    channels, some_states = _tiles(n_states)[1]
+    _chunk_states[len(inputs["sequences"]), triton.cdiv(n_channels, channels), triton.cdiv(n_states, some_states)](
+        **inputs, states=states, totals=totals, final=final, zero=0, WIDTH=n_channels, N=n_states,
+        X_STRIDE=_row_stride(inputs["x"]), DT_STRIDE=_row_stride(inputs["dt"]), B_STRIDE=_row_stride(inputs["B"]),
+        Z_STRIDE=_row_stride(inputs["z"]), SOFTPLUS=softplus, REVERSE=reverse, ROWS=ROWS, CHANNELS=channels,
+        STATES=some_states, num_warps=1,
+    )  # fmt: skip
+
+
+def _launch_pass_states(inputs, totals, edge, states, final, local, reverse):
+    """:func:`_pass_states`, with A and the tables of chunks from ``inputs``."""
+    n_states, n_channels = inputs["A"].shape
+    tables = {name: inputs[name] for name in ("cu_seqlens", "first_chunks", "boundaries")}
+    _pass_states[len(tables["cu_seqlens"]) - 1, triton.cdiv(n_channels * n_states, PASSED)](
+        A=inputs["A"], totals=totals, edge=edge, **tables, states=states, final=final, WIDTH=n_channels, N=n_states,
+        LOCAL=local, REVERSE=reverse, ROWS=ROWS, BLOCK=PASSED, AHEAD=AHEAD, num_warps=1,
+    )  # fmt: skip
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state):
-        x, dt, B = rows(x), rows(dt), rows(B)
+        x, dt, B = dense_rows(x), dense_rows(dt), dense_rows(B)
         A = A.float().mT.contiguous()  # neighbouring lanes have neighbouring channels
-        C, z = (None if t is None else rows(t) for t in (C, z))
+        C, z = (None if t is None else dense_rows(t) for t in (C, z))
         initial = _states(initial)
         (n_states, n_channels), n_sequences = A.shape, len(cu_seqlens) - 1
         known = borders(cu_seqlens)
-        (sequences, starts), (joints, n_joints) = known.chunks(ROWS), known.joints(ROWS)
-        whole, part = _state_blocks(n_channels, n_states)
-        sizes = n_channels, n_states
-        states = x.new_empty(n_joints, n_states, n_channels, dtype=torch.float32)
+        (sequences, first_chunks), (boundaries, n_boundaries) = known.chunks(ROWS), known.chunk_boundaries(ROWS)
+        inputs = {
+            "x": x, "dt": dt, "A": A, "B": B, "z": z, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
+            "sequences": sequences, "first_chunks": first_chunks, "boundaries": boundaries,
+        }  # fmt: skip
+        states = x.new_empty(n_boundaries, n_states, n_channels, dtype=torch.float32)
         totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
         y = final = None
         if return_final_state and C is None:
-            final = x.new_empty(n_sequences, *sizes, dtype=torch.float32)
+            final = x.new_empty(n_sequences, n_channels, n_states, dtype=torch.float32)
         elif return_final_state:
             # An empty sequence hands its state on as it came.
-            final = x.new_zeros(n_sequences, *sizes, dtype=torch.float32) if initial is None else initial.clone()
-        if n_joints or (C is None and n_sequences):
+            no_state = (n_sequences, n_channels, n_states)
+            final = x.new_zeros(no_state, dtype=torch.float32) if initial is None else initial.clone()
+        if n_boundaries or (C is None and n_sequences):
             own_final = final if C is None else None
             if len(sequences):
-                _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    x, dt, A, B, None, dt_bias, cu_seqlens, sequences, starts, joints, states, totals, own_final, 0,
-                    *sizes, *_row_strides(x, dt, B, None), dt_softplus, False, ROWS, *part, num_warps=1,
-                )  # fmt: skip
-            _pass_states[n_sequences, triton.cdiv(n_channels * n_states, PASSED)](
-                A, totals, initial, cu_seqlens, starts, joints, states, own_final,
-                *sizes, True, False, ROWS, PASSED, AHEAD, num_warps=1,
-            )  # fmt: skip
+                _launch_chunk_states({**inputs, "z": None}, states, totals, own_final, dt_softplus, reverse=False)
+            _launch_pass_states(inputs, totals, initial, states, own_final, local=True, reverse=False)
+        inputs |= {"C": C, "D": D, "initial": initial, "states": states}
         if C is not None:
             y = x.new_empty(x.shape)
             if len(sequences):
-                _outputs[len(sequences), triton.cdiv(n_channels, whole[0])](
-                    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y, final, 0,
-                    *sizes, *_row_strides(x, dt, B, C, z), dt_softplus, ROWS, UNROLLED, *whole, num_warps=1,
+                channels, all_states = _tiles(n_states)[0]
+                _outputs[len(sequences), triton.cdiv(n_channels, channels)](
+                    **inputs, y=y, final=final, zero=0, WIDTH=n_channels, N=n_states, X_STRIDE=x.stride(0),
+                    DT_STRIDE=dt.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), Z_STRIDE=_row_stride(z),
+                    SOFTPLUS=dt_softplus, ROWS=ROWS, UNROLLED=UNROLLED, CHANNELS=channels, STATES=all_states,
+                    num_warps=1,
                 )  # fmt: skip
-        ctx.save_for_backward(
-            x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
-            totals if C is None else None,
-        )  # fmt: skip
-        ctx.dt_softplus = dt_softplus
+        ctx.save_for_backward(*inputs.values(), totals if C is None else None)
+        ctx.names, ctx.dt_softplus = tuple(inputs), dt_softplus
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final):
-        x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, totals = (
-            ctx.saved_tensors
-        )
+        *saved, totals = ctx.saved_tensors
+        inputs = dict(zip(ctx.names, saved, strict=True))
+        x, dt, A, B, C, D, z = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "z"))
+        initial, states, n_chunks = inputs["initial"], inputs["states"], len(inputs["sequences"])
         n_states, n_channels = A.shape
-        sizes = n_channels, n_states
-        _whole, part = _state_blocks(n_channels, n_states)
         if C is not None:
-            grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+            grad_y = torch.zeros_like(x) if grad_y is None else dense_rows(grad_y)
         grad_final = _states(grad_final)
         grad_states = torch.empty_like(states)
         if len(states):
             if C is not None:
-                totals = x.new_empty(len(sequences), n_channels, dtype=torch.float32)
-                _chunk_states[len(sequences), triton.cdiv(n_channels, part[0]), triton.cdiv(n_states, part[1])](
-                    grad_y, dt, A, C, z, dt_bias, cu_seqlens, sequences, starts, joints, grad_states, totals, None, 0,
-                    *sizes, *_row_strides(grad_y, dt, C, z), ctx.dt_softplus, True, ROWS, *part, num_warps=1,
-                )  # fmt: skip
-            _pass_states[len(cu_seqlens) - 1, triton.cdiv(n_channels * n_states, PASSED)](
-                A, totals, grad_final, cu_seqlens, starts, joints, grad_states, None,
-                *sizes, C is not None, True, ROWS, PASSED, AHEAD, num_warps=1,
-            )  # fmt: skip
+                totals = x.new_empty(n_chunks, n_channels, dtype=torch.float32)
+                of_y = {name: t for name, t in inputs.items() if name not in ("C", "D", "initial", "states")}
+                of_y |= {"x": grad_y, "B": C}
+                _launch_chunk_states(of_y, grad_states, totals, None, ctx.dt_softplus, reverse=True)
+            _launch_pass_states(inputs, totals, grad_final, grad_states, None, local=C is not None, reverse=True)
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         grad_z = None if z is None else z.new_empty(z.shape)
         grad_initial = None
@@ -482,47 +501,36 @@ class _SelectiveScan(torch.autograd.Function):
             # An empty sequence hands its state on as it came.
             grad_initial = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
         n_blocks = triton.cdiv(n_channels, GRADIENT_CHANNELS)
-        n_programs, n_parts = _shares(len(sequences), n_blocks)
-        shared = n_programs < len(sequences) or n_parts < n_blocks
-        by_row = x.new_empty(n_parts, 1 if C is None else 2, len(x), n_states, dtype=torch.float32)
-        sums = x.new_empty(n_programs, A.numel() + 2 * n_channels, dtype=torch.float32)
-        if len(sequences):
-            _gradients[n_programs, n_parts](
-                x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, sequences, starts, joints, states,
-                grad_y, grad_final, grad_states, grad_x, grad_dt, grad_z, grad_initial, by_row, sums,
-                len(x), len(sequences), 0, *sizes, *_row_strides(x, dt, B, C, z, grad_y), ctx.dt_softplus, shared,
-                ROWS, GRADIENT_CHANNELS, GRADIENT_STATES, num_warps=1, maxnreg=GRADIENT_REGISTERS,
+        over_chunks, over_channels = _grid_of_gradients(n_chunks, n_blocks)
+        by_row = x.new_empty(over_channels, 1 if C is None else 2, len(x), n_states, dtype=torch.float32)
+        sums = x.new_empty(over_chunks, A.numel() + 2 * n_channels, dtype=torch.float32)
+        if n_chunks:
+            _gradients[over_chunks, over_channels](
+                **inputs, grad_y=grad_y, grad_final=grad_final, grad_states=grad_states, grad_x=grad_x,
+                grad_dt=grad_dt, grad_z=grad_z, grad_initial=grad_initial, by_row=by_row, sums=sums, n_rows=len(x),
+                n_chunks=n_chunks, zero=0, WIDTH=n_channels, N=n_states, X_STRIDE=x.stride(0), DT_STRIDE=dt.stride(0),
+                B_STRIDE=B.stride(0), C_STRIDE=_row_stride(C), Z_STRIDE=_row_stride(z), Y_STRIDE=_row_stride(grad_y),
+                SOFTPLUS=ctx.dt_softplus, SHARED=over_chunks < n_chunks or over_channels < n_blocks, ROWS=ROWS,
+                CHANNELS=GRADIENT_CHANNELS, STATES=GRADIENT_STATES, num_warps=1, maxnreg=GRADIENT_REGISTERS,
             )  # fmt: skip
         else:
             sums.zero_()
         grad_A, grad_D, grad_bias = sums.sum(0).split([A.numel(), n_channels, n_channels])
-        grad_B, *grad_C = (by_row[0] if n_parts == 1 else by_row.sum(0)).unbind()
+        grad_B, *grad_C = (by_row[0] if over_channels == 1 else by_row.sum(0)).unbind()
         return (
-            grad_x, grad_dt, grad_A.view(sizes), grad_B, grad_C[0] if grad_C else None, None if D is None else grad_D,
-            grad_z, None if dt_bias is None else grad_bias, grad_initial, None, None, None,
+            grad_x, grad_dt, grad_A.view(n_channels, n_states), grad_B, grad_C[0] if grad_C else None,
+            None if D is None else grad_D, grad_z, None if inputs["dt_bias"] is None else grad_bias, grad_initial,
+            None, None, None,
         )  # fmt: skip
 
 
-def selective_scan_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-    return_final_state: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+def selective_scan_triton(scan: ScanArguments) -> tuple[Tensor | None, Tensor | None]:
     """All of :func:`recbole_ssm.ops.selective_scan` in Triton kernels; states are float32.
 
     Without ``C`` there are no outputs (nor ``D`` and ``z``): the final state alone is computed.
     """
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(scan.x):
         return _SelectiveScan.apply(
-            x, dt, A, B, C, dense(D), z, dense(dt_bias), initial_state, cu_seqlens.contiguous(),
-            dt_softplus, return_final_state,
+            scan.x, scan.dt, scan.A, scan.B, scan.C, dense(scan.D), scan.z, dense(scan.dt_bias), scan.initial_state,
+            scan.cu_seqlens.contiguous(), scan.dt_softplus, scan.return_final_state,
         )  # fmt: skip

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, single_rows
+from recbole_ssm.ops.scan_arguments import ScanArguments
 from recbole_ssm.ops.ssd.reference import ssd_last_reference, ssd_reference
-from recbole_ssm.ops.step_sizes import step_sizes
 
 
 def ssd(
@@ -75,44 +75,41 @@ def ssd(
         lacks = "gradient of packed sequences' final states"
     sizes = {"H": heads, "P": width, "G": B.shape[1], "N": B.shape[2]}
     chosen = choose("ssd", backend, x, sizes, lacks, initial_state is not None or return_final_state)
+    scan = ScanArguments(
+        x, dt, A, B, C, cu_seqlens, D, None, dt_bias, dt_softplus, initial_state, return_final_state
+    )  # fmt: skip
     if chosen == "triton":
         from recbole_ssm.ops.ssd.triton import ssd_triton
 
-        y, final_state = ssd_triton(
-            x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
-        )
+        y, final_state = ssd_triton(scan, chunk_size)
     elif chosen == "mamba_ssm":
         from recbole_ssm.ops.ssd.external import ssd_external
 
-        y, final_state = ssd_external(
-            x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens, return_final_state, chunk_size
-        )
+        y, final_state = ssd_external(scan, chunk_size)
     else:
-        y, final_state = _on_torch(
-            chosen, x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
-        )
+        y, final_state = _on_torch(chosen, scan, chunk_size)
     return (y, final_state) if return_final_state else y
 
 
-def _on_torch(
-    chosen, x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, chunk_size
-):
+def _on_torch(chosen: str, scan: ScanArguments, chunk_size: int) -> Any:
     """The backends that compute the recurrence alone; torch does what comes before and after it."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    dt = step_sizes(dt, dt_bias, dt_softplus, compute)
-    if initial_state is not None:
-        initial_state = initial_state.to(compute)
-    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
-    with torch.autocast(x.device.type, enabled=False):
+    dtype, scan = scan.x.dtype, scan.with_step_sizes()
+    recurrence: dict[str, Any] = {
+        "x": scan.x, "dt": scan.dt, "A": scan.A, "B": scan.B, "C": scan.C, "initial_state": scan.initial_state,
+        "cu_seqlens": scan.cu_seqlens,
+    }  # fmt: skip
+    with torch.autocast(scan.x.device.type, enabled=False):
         if chosen == "cpu":
             from recbole_ssm.ops.ssd.cpu import ssd_cpu
 
-            y, final_state = ssd_cpu(u, dt, A, B, C, initial_state, cu_seqlens, return_final_state)
+            y, final_state = ssd_cpu(**recurrence, return_final_state=scan.return_final_state)
         else:
-            y, final_state = ssd_reference(u, dt, A, B, C, initial_state, cu_seqlens, chunk_size, return_final_state)
-    if D is not None:
-        y = y + D.to(compute)[:, None] * u
-    return y.to(x.dtype), final_state
+            y, final_state = ssd_reference(
+                **recurrence, chunk_size=chunk_size, return_final_state=scan.return_final_state
+            )  # fmt: skip
+    if scan.D is not None:
+        y = y + scan.D[:, None] * scan.x
+    return y.to(dtype), final_state
 
 
 def ssd_last(
@@ -154,10 +151,11 @@ def ssd_last(
         raise ValueError(f"C is {list(C.shape)}, not {[len(cu_seqlens) - 1, *B.shape[1:]]}")
     sizes = {"H": x.shape[1], "P": x.shape[2], "G": B.shape[1], "N": B.shape[2]}
     chosen = choose("ssd", backend, x, sizes)
+    scan = ScanArguments(x, dt, A, B, C, cu_seqlens, D, dt_bias=dt_bias, dt_softplus=dt_softplus)
     if chosen == "triton":
         from recbole_ssm.ops.ssd.last_triton import ssd_last_triton
 
-        return ssd_last_triton(x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens)
+        return ssd_last_triton(scan)
     if not len(x):  # and so no last row either
         return x.new_zeros(len(C), *x.shape[1:])
     last, some = last_rows(cu_seqlens).clamp_min(0), (cu_seqlens.diff() > 0)[:, None, None]
@@ -165,18 +163,16 @@ def ssd_last(
         C = C.index_select(0, sequence_ids(cu_seqlens)).to(B.dtype)
         y = ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, cu_seqlens=cu_seqlens, backend=chosen)
         return some * y.index_select(0, last)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    u, A, B, C = (tensor.to(compute) for tensor in (x, A, B, C))
     with torch.autocast(x.device.type, enabled=False):
-        step = step_sizes(dt, dt_bias, dt_softplus, compute)
+        scan = scan.with_step_sizes()
+        assert scan.C is not None
         if chosen == "cpu":
-            from recbole_ssm.ops.ssd.last_cpu import ssd_last_cpu
-
-            y = ssd_last_cpu(u, step, A, B, C, cu_seqlens)
+            from recbole_ssm.ops.ssd.last_cpu import ssd_last_cpu as recurrence
         else:
-            y = ssd_last_reference(u, step, A, B, C, cu_seqlens)
-        if D is not None:
-            y = y + some * (D.to(compute)[:, None] * u.index_select(0, last))
+            recurrence = ssd_last_reference
+        y = recurrence(scan.x, scan.dt, scan.A, scan.B, scan.C, cu_seqlens)
+        if scan.D is not None:
+            y = y + some * (scan.D[:, None] * scan.x.index_select(0, last))
     return y.to(x.dtype)
 
 

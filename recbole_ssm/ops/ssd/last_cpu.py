@@ -10,10 +10,10 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, part
+from recbole_ssm.ops.compiled import compiled, exp_of_negative, group_borders, helper
 
 
-@part
+@helper
 def _dot(a, b):
     total = np.float32(0.0)
     for i in range(len(a)):
@@ -21,15 +21,15 @@ def _dot(a, b):
     return total
 
 
-@part
+@helper
 def _add_multiple(out, factor, values):
     for i in range(len(out)):
         out[i] += factor * values[i]
 
 
 @compiled
-def _forward(x, dt, A, B, C, cu_seqlens, groups, left, y):
-    """``left [T, H]``, the decay from after each row to the sequence's end, is kept unless it has no rows."""
+def _forward(x, dt, A, B, C, cu_seqlens, groups, decay_to_end, y):
+    """``decay_to_end [T, H]``, the decay from after each row to the sequence's end, is kept unless it has no rows."""
     heads = len(A)
     heads_per_group = heads // B.shape[1]
     for group in prange(len(groups) - 1):
@@ -42,8 +42,8 @@ def _forward(x, dt, A, B, C, cu_seqlens, groups, left, y):
                 inputs, steps = x[t], dt[t]
                 for g in range(len(affinity)):
                     affinity[g] = _dot(B[t, g], C[s, g])
-                if len(left):
-                    kept = left[t]
+                if len(decay_to_end):
+                    kept = decay_to_end[t]
                     for h in range(len(kept)):
                         kept[h] = decay[h]
                 for h in range(heads):
@@ -53,7 +53,7 @@ def _forward(x, dt, A, B, C, cu_seqlens, groups, left, y):
 
 
 @compiled
-def _backward(x, dt, A, B, C, cu_seqlens, groups, left, grad_y, grad_x, grad_dt, grad_A, grad_B, grad_C):
+def _backward(x, dt, A, B, C, cu_seqlens, groups, decay_to_end, grad_y, grad_x, grad_dt, grad_A, grad_B, grad_C):
     heads = len(A)
     heads_per_group = heads // B.shape[1]
     for group in prange(len(groups) - 1):
@@ -65,7 +65,7 @@ def _backward(x, dt, A, B, C, cu_seqlens, groups, left, grad_y, grad_x, grad_dt,
             earlier[:] = np.float32(0.0)
             grad_C[s] = np.float32(0.0)
             for t in range(cu_seqlens[s], cu_seqlens[s + 1]):
-                inputs, of_inputs, steps, decay, of_steps = x[t], grad_x[t], dt[t], left[t], grad_dt[t]
+                inputs, of_inputs, steps, decay, of_steps = x[t], grad_x[t], dt[t], decay_to_end[t], grad_dt[t]
                 for g in range(len(affinity)):
                     affinity[g] = _dot(B[t, g], C[s, g])
                     of_affinity[g] = np.float32(0.0)
@@ -91,23 +91,23 @@ class _SSDLast(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, cu_seqlens, differentiable):
         inputs = [t.detach().contiguous() for t in (x, dt, A, B, C)]
         borders = cu_seqlens.long().numpy()
-        left = torch.empty_like(inputs[1] if differentiable and any(ctx.needs_input_grad) else inputs[1][:0])
+        decay_to_end = torch.empty_like(inputs[1] if differentiable and any(ctx.needs_input_grad) else inputs[1][:0])
         y = x.new_empty(len(C), *x.shape[1:])
-        _forward(*(t.numpy() for t in inputs), borders, group_borders(borders), left.numpy(), y.numpy())
-        ctx.save_for_backward(*inputs, cu_seqlens, left)
+        _forward(*(t.numpy() for t in inputs), borders, group_borders(borders), decay_to_end.numpy(), y.numpy())
+        ctx.save_for_backward(*inputs, cu_seqlens, decay_to_end)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        *inputs, cu_seqlens, left = ctx.saved_tensors
+        *inputs, cu_seqlens, decay_to_end = ctx.saved_tensors
         x, dt, A, B, C = inputs
         borders = cu_seqlens.long().numpy()
         groups = group_borders(borders)
         grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(t) for t in (x, dt, B, C))
         grad_A = torch.zeros(len(groups) - 1, len(A), dtype=torch.float64)
         _backward(
-            *(t.numpy() for t in inputs), borders, groups, left.numpy(), grad_y.contiguous().numpy(),
+            *(t.numpy() for t in inputs), borders, groups, decay_to_end.numpy(), grad_y.contiguous().numpy(),
             *(t.numpy() for t in (grad_x, grad_dt, grad_A, grad_B, grad_C)),
         )  # fmt: skip
         return grad_x, grad_dt, grad_A.sum(0).float(), grad_B, grad_C, None, None

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops.kernels import dense, rows, sigmoid, softplus
+from recbole_ssm.ops.kernels import dense, dense_rows, sigmoid, softplus
+from recbole_ssm.ops.scan_arguments import ScanArguments
 
 # Numbers of a program's blocks of inputs, [ROWS, HEADS, P], and of B, [ROWS, N]: they lie in registers, of which two
 # programs of 8 warps then have enough on one multiprocessor.
@@ -58,7 +59,7 @@ def _load_last(x, place, inside, begin, end, x_stride):
 
 @triton.jit
 def _forward(
-    x, dt, A, B, C, D, dt_bias, cu_seqlens, left, y,
+    x, dt, A, B, C, D, dt_bias, cu_seqlens, decay_to_end, y,
     n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -82,8 +83,8 @@ def _forward(
         _raw, step = _load_steps(dt, bias, t, real, h, ours, dt_stride, SOFTPLUS)
         decay = tl.exp((_sum_of_others(step, True) + after[None, :]) * rate[None, :])
         after += tl.sum(step, 0)
-        if left is not None:
-            tl.store(left + t[:, None] * n_heads + h[None, :], decay, mask=real[:, None] & ours[None, :])
+        if decay_to_end is not None:
+            tl.store(decay_to_end + t[:, None] * n_heads + h[None, :], decay, mask=real[:, None] & ours[None, :])
         b = tl.load(B + t[:, None] * B_stride + group + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0)
         affinity = tl.sum(b.to(tl.float32) * c[None, :], 1)
         mask = real[:, None, None] & inside[None, :, :]
@@ -96,7 +97,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, dt, A, B, C, D, dt_bias, cu_seqlens, left, grad_y, grad_x, grad_dt, grad_BC, grad_heads,
+    x, dt, A, B, C, D, dt_bias, cu_seqlens, decay_to_end, grad_y, grad_x, grad_dt, grad_BC, grad_heads,
     n_rows, n_sequences, n_heads, heads_per_group, blocks_per_group,
     x_stride, dt_stride, B_stride, C_stride, y_stride, BC_stride,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,7 +132,7 @@ def _backward(
         here = real[:, None] & ours[None, :]
         states = real[:, None] & (n < N)[None, :]
         raw, step = _load_steps(dt, bias, t, real, h, ours, dt_stride, SOFTPLUS)
-        decay = tl.load(left + t[:, None] * n_heads + h[None, :], mask=here, other=0.0)
+        decay = tl.load(decay_to_end + t[:, None] * n_heads + h[None, :], mask=here, other=0.0)
         b = tl.load(B + t[:, None] * B_stride + group + n[None, :], mask=states, other=0.0).to(tl.float32)
         affinity = tl.sum(b * c[None, :], 1)
         mask = real[:, None, None] & inside[None, :, :]
@@ -166,7 +167,7 @@ def _backward(
 class _SSDLast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, cu_seqlens, dt_softplus, differentiable):
-        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
+        x, dt, B, C = dense_rows(x), dense_rows(dt), dense_rows(B), dense_rows(C)
         (n_rows, n_heads, width), (n_sequences, groups, n_states) = x.shape, C.shape
         per_group, block_p, block_n = n_heads // groups, *map(triton.next_power_of_2, (width, n_states))
         fitting = min(MANY_ROWS, OF_B // block_n, OF_INPUTS // (4 * block_p))  # with 4 heads at least
@@ -176,55 +177,53 @@ class _SSDLast(torch.autograd.Function):
         sizes = {
             "P": width, "N": n_states, "BLOCK_P": block_p, "BLOCK_N": block_n, "ROWS": many, "HEADS": heads,
             "BLOCK_HEADS": triton.next_power_of_2(heads), "SOFTPLUS": dt_softplus, "num_warps": WARPS,
+            "n_heads": n_heads, "heads_per_group": per_group, "x_stride": x.stride(0), "dt_stride": dt.stride(0),
+            "B_stride": B.stride(0), "C_stride": C.stride(0),
         }  # fmt: skip
         y = x.new_empty(n_sequences, n_heads, width)
-        left = x.new_empty(n_rows, n_heads, dtype=torch.float32) if differentiable else None
+        decay_to_end = x.new_empty(n_rows, n_heads, dtype=torch.float32) if differentiable else None
+        inputs = {
+            "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens,
+            "decay_to_end": decay_to_end,
+        }  # fmt: skip
         if n_sequences:
             _forward[n_sequences, n_heads // heads](
-                x, dt, A, B, C, D, dt_bias, cu_seqlens, left, y,
-                n_heads, per_group, x.stride(0), dt.stride(0), B.stride(0), C.stride(0), **sizes,
+                **inputs, y=y, **sizes
             )  # fmt: skip
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, cu_seqlens, left)
-        ctx.sizes = sizes
+        ctx.save_for_backward(*inputs.values())
+        ctx.names, ctx.sizes = tuple(inputs), sizes
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, dt, A, B, C, D, dt_bias, cu_seqlens, left = ctx.saved_tensors
+        inputs = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        x, dt, B, C, D = (inputs[name] for name in ("x", "dt", "B", "C", "D"))
         (n_rows, n_heads, _), (n_sequences, groups, n_states) = x.shape, C.shape
-        per_group, blocks = n_heads // groups, n_heads // groups // ctx.sizes["HEADS"]
-        grad_y = rows(grad_y)
+        blocks = n_heads // groups // ctx.sizes["HEADS"]
+        grad_y = dense_rows(grad_y)
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         one_dtype = B.dtype if blocks == 1 and B.dtype == C.dtype else torch.float32
         grad_BC = x.new_empty(blocks, n_rows + n_sequences, groups, n_states, dtype=one_dtype)
         grad_heads = x.new_empty(n_sequences, 3, n_heads, dtype=torch.float32)
         if n_sequences:
             _backward[n_sequences, groups * blocks](
-                x, dt, A, B, C, D, dt_bias, cu_seqlens, left, grad_y, grad_x, grad_dt, grad_BC, grad_heads,
-                n_rows, n_sequences, n_heads, per_group, blocks, x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-                grad_y.stride(0), groups * n_states, **ctx.sizes,
+                **inputs, grad_y=grad_y, grad_x=grad_x, grad_dt=grad_dt, grad_BC=grad_BC, grad_heads=grad_heads,
+                n_rows=n_rows, n_sequences=n_sequences, blocks_per_group=blocks, y_stride=grad_y.stride(0),
+                BC_stride=groups * n_states, **ctx.sizes,
             )  # fmt: skip
         grad_B, grad_C = (grad_BC[0] if blocks == 1 else grad_BC.sum(0)).split([n_rows, n_sequences])
         # Without D its row was not written.
         grad_A, grad_bias, grad_D = (*grad_heads[:, : 2 + (D is not None)].sum(0), None)[:3]
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, None if dt_bias is None else grad_bias, None, None, None
+        grad_bias = None if inputs["dt_bias"] is None else grad_bias
+        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None
 
 
-def ssd_last_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    cu_seqlens: Tensor,
-) -> Tensor:
+def ssd_last_triton(scan: ScanArguments) -> Tensor:
     """All of :func:`recbole_ssm.ops.ssd_last` in Triton kernels, summed in float32."""
     differentiable = torch.is_grad_enabled()  # which the forward of a Function cannot see
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(scan.x):
         return _SSDLast.apply(
-            x, dt, dense(A), B, C, dense(D), dense(dt_bias), cu_seqlens.contiguous(), dt_softplus, differentiable
-        )
+            scan.x, scan.dt, dense(scan.A), scan.B, scan.C, dense(scan.D), dense(scan.dt_bias),
+            scan.cu_seqlens.contiguous(), scan.dt_softplus, differentiable,
+        )  # fmt: skip

@@ -19,10 +19,10 @@ from recbole_ssm.ops.kernels import (
     MOST_ROWS,
     columns_per_block,
     dense,
+    dense_rows,
     dot,
     dot_precision,
     load_rows,
-    rows,
     rows_per_block,
     sigmoid,
     softplus,
@@ -30,12 +30,13 @@ from recbole_ssm.ops.kernels import (
     tuned,
 )  # fmt: skip
 from recbole_ssm.ops.packing import borders
+from recbole_ssm.ops.scan_arguments import ScanArguments
 
 HEADS_PER_PROGRAM = 8
 LAUNCHES = ((4, 1), (8, 2))  # the first needs the least shared memory
 SHAPE = ["Q", "P", "N"]
-# Gradients that every chunk has a share in.
-GRAD_A, GRAD_D, GRAD_BIAS, SHARES = (tl.constexpr(i) for i in range(4))
+# Gradients that are sums over chunks, of which each chunk writes its own.
+GRAD_A, GRAD_D, GRAD_BIAS, N_PARTIAL = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -61,19 +62,19 @@ def _state_places(P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 @tuned([*SHAPE, "REVERSE"], LAUNCHES)
 @triton.jit
 def _pass_states(
-    x, dt, A, B, dt_bias, edge, cu_seqlens, joints, states, last,
+    x, dt, A, B, dt_bias, edge, cu_seqlens, boundaries, states, last,
     n_heads, heads_per_group, x_stride, dt_stride, B_stride,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_P`` rows of the state at each joint of two chunks; ``REVERSE``: its gradient, with grad_y for x, C for B.
+    """``BLOCK_P`` rows of the state at each chunk boundary; ``REVERSE``: its gradient, with grad_y for x and C for B.
 
     ``edge`` is the state that enters the first chunk (the gradient that enters the last), ``last`` the state that
     leaves the last one (the gradient that leaves the first); either may be absent.
     """
     sequence, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    joint = tl.load(joints + sequence).to(tl.int64)
+    boundary = tl.load(boundaries + sequence).to(tl.int64)
     n_chunks = (end - begin + Q - 1) // Q
     first = tl.program_id(2) * BLOCK_P
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N, first)
@@ -88,7 +89,7 @@ def _pass_states(
             chunk = i
             between = chunk - 1
         if i > 0:
-            tl.store(states + ((joint + between) * n_heads + h) * P * N + place, state, mask=inside)
+            tl.store(states + ((boundary + between) * n_heads + h) * P * N + place, state, mask=inside)
         if (i + 1 < n_chunks) or (last is not None):
             t = begin + chunk * Q + tl.arange(0, Q)
             real = t < end
@@ -103,19 +104,20 @@ def _pass_states(
 
 
 @triton.jit
-def _chunk_rows(cu_seqlens, sequences, starts, joints, Q: tl.constexpr):
-    """The program's chunk: sequence, number, first row, which are real, first joint, neighbours before and after.
+def _chunk_rows(cu_seqlens, sequences, first_chunks, boundaries, Q: tl.constexpr):
+    """The program's chunk: sequence, first row, which are real, the boundary at its end, neighbours before and after.
 
     A chunk that lies past its sequence's end fills a table up: it has neither rows nor neighbours.
     """
     chunk = tl.program_id(0)
     sequence = tl.load(sequences + chunk).to(tl.int64)
-    number = chunk - tl.load(starts + sequence)
+    number = chunk - tl.load(first_chunks + sequence)
     begin, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     first = begin + number * Q
     real = first + tl.arange(0, Q) < end
     follows, leads = (number > 0) & (first < end), first + Q < end
-    return sequence, number, first, real, tl.load(joints + sequence).to(tl.int64), follows, leads
+    boundary = tl.load(boundaries + sequence).to(tl.int64) + number
+    return sequence, first, real, boundary, follows, leads
 
 
 @triton.jit
@@ -128,12 +130,12 @@ def _decay_between(log_decay, Q: tl.constexpr):
 @tuned(SHAPE, LAUNCHES)
 @triton.jit
 def _forward(
-    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, y,
+    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, first_chunks, boundaries, states, y,
     n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, first, real, joint, follows, _leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    sequence, first, real, boundary, follows, _leads = _chunk_rows(cu_seqlens, sequences, first_chunks, boundaries, Q)
     # The pointers stand at the chunk's first row, so that offsets of rows fit 32 bits.
     t = tl.arange(0, Q)
     x, dt, y = x + first * x_stride, dt + first * dt_stride, y + first * n_heads * P
@@ -152,7 +154,7 @@ def _forward(
         if follows or (initial is not None):
             state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
             if follows:
-                state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+                state = tl.load(states + ((boundary - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
             elif initial is not None:
                 state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
             carried = dot(c, tl.trans(state).to(c.dtype), PRECISION)
@@ -165,18 +167,18 @@ def _forward(
 @tuned(SHAPE, LAUNCHES)
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _backward(
-    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, starts, joints, states, grad_y, grad_final, grad_states,
-    grad_x, grad_dt, grad_B, grad_C, shares,
+    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, sequences, first_chunks, boundaries, states, grad_y, grad_final,
+    grad_states, grad_x, grad_dt, grad_B, grad_C, partial_sums,
     n_rows, n_heads, heads_per_group, x_stride, dt_stride, B_stride, C_stride, y_stride,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, number, first, real, joint, follows, leads = _chunk_rows(cu_seqlens, sequences, starts, joints, Q)
+    sequence, first, real, boundary, follows, leads = _chunk_rows(cu_seqlens, sequences, first_chunks, boundaries, Q)
     t = tl.arange(0, Q)
     x, dt, grad_y = x + first * x_stride, dt + first * dt_stride, grad_y + first * y_stride
     B, C = B + first * B_stride, C + first * C_stride
     grad_x, grad_dt = grad_x + first * n_heads * P, grad_dt + first * n_heads
-    shares += tl.program_id(0).to(tl.int64) * SHARES * n_heads
+    partial_sums += tl.program_id(0).to(tl.int64) * N_PARTIAL * n_heads
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     place, inside = _state_places(P, N, BLOCK_P, BLOCK_N)
@@ -210,7 +212,7 @@ def _backward(
         # From the entering state: out += exp(l) C state.
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         if follows:
-            state = tl.load(states + ((joint + number - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+            state = tl.load(states + ((boundary - 1) * n_heads + h) * P * N + place, mask=inside, other=0.0)
         elif initial is not None:
             state = tl.load(initial + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
         if follows or (initial is not None):
@@ -223,7 +225,7 @@ def _backward(
         if leads or (grad_final is not None):
             g = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
             if leads:
-                g = tl.load(grad_states + ((joint + number) * n_heads + h) * P * N + place, mask=inside, other=0.0)
+                g = tl.load(grad_states + (boundary * n_heads + h) * P * N + place, mask=inside, other=0.0)
             elif grad_final is not None:
                 g = tl.load(grad_final + (sequence * n_heads + h) * P * N + place, mask=inside, other=0.0)
             to_end = tl.exp(total - log_decay)
@@ -231,23 +233,23 @@ def _backward(
             written = dot(b, tl.trans(g).to(b.dtype), PRECISION)
             of_inputs += (step * to_end)[:, None] * written
             of_b += (step * to_end)[:, None] * dot(inputs, g.to(inputs.dtype), PRECISION)
-            share = to_end * tl.sum(inputs.to(tl.float32) * written, 1)
-            of_step += share
-            of_log_decay -= step * share
-            of_total += tl.sum(step * share, 0) + tl.exp(total) * tl.sum(g * state)
+            per_step = to_end * tl.sum(inputs.to(tl.float32) * written, 1)
+            of_step += per_step
+            of_log_decay -= step * per_step
+            of_total += tl.sum(step * per_step, 0) + tl.exp(total) * tl.sum(g * state)
 
         if D is not None:
             skip = tl.load(D + h).to(tl.float32)
             of_inputs += skip * of_out.to(tl.float32)
-            tl.store(shares + GRAD_D * n_heads + h, tl.sum(of_out.to(tl.float32) * inputs.to(tl.float32)))
+            tl.store(partial_sums + GRAD_D * n_heads + h, tl.sum(of_out.to(tl.float32) * inputs.to(tl.float32)))
         # l at a row sums the exponents of all rows up to it.
         of_exponent = tl.cumsum(of_log_decay, 0, reverse=True) + of_total
-        tl.store(shares + GRAD_A * n_heads + h, tl.sum(of_exponent * step, 0))
+        tl.store(partial_sums + GRAD_A * n_heads + h, tl.sum(of_exponent * step, 0))
         of_step += of_exponent * rate
         if SOFTPLUS:
             of_step *= sigmoid(raw)
         if dt_bias is not None:
-            tl.store(shares + GRAD_BIAS * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
+            tl.store(partial_sums + GRAD_BIAS * n_heads + h, tl.sum(tl.where(real, of_step, 0.0), 0))
         tl.store(grad_dt + t * n_heads + h, of_step.to(grad_dt.dtype.element_ty), mask=real)
         store_rows(grad_x, t, real, n_heads * P, h * P, of_inputs, P, BLOCK_P)
     b = load_rows(B, t, real, B_stride, group * N, N, BLOCK_N)
@@ -265,14 +267,14 @@ class _SSD(torch.autograd.Function):
     def forward(
         ctx, x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, dt_softplus, return_final_state, chunk_size
     ):  # fmt: skip
-        x, dt, B, C = rows(x), rows(dt), rows(B), rows(C)
+        x, dt, B, C = dense_rows(x), dense_rows(dt), dense_rows(B), dense_rows(C)
         initial = None if initial is None else initial.float().contiguous()
         known = borders(cu_seqlens)
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
         n_sequences = len(cu_seqlens) - 1
         Q = min(rows_per_block(n_rows, n_sequences), 1 << (max(16, chunk_size).bit_length() - 1))
-        sequences, starts = known.chunks(Q)
-        joints, n_joints = known.joints(Q)
+        sequences, first_chunks = known.chunks(Q)
+        boundaries, n_boundaries = known.chunk_boundaries(Q)
         per_group = n_heads // groups
         heads = next(k for k in range(min(HEADS_PER_PROGRAM, per_group), 0, -1) if per_group % k == 0)
         block = columns_per_block(width)
@@ -284,18 +286,19 @@ class _SSD(torch.autograd.Function):
         by_chunk = {"C_stride": C.stride(0), "BLOCK_P": block, "HEADS": heads}
         # A product of these rows is taken.
         by_sequence = {"BLOCK_P": min(MOST_ROWS.value, block)}
-        states = x.new_empty(n_joints, n_heads, width, n_states, dtype=torch.float32)
+        states = x.new_empty(n_boundaries, n_heads, width, n_states, dtype=torch.float32)
         final = None
         if return_final_state:
             final = x.new_empty(n_sequences, n_heads, width, n_states, dtype=torch.float32)
-        if n_sequences and (n_joints or return_final_state):
+        if n_sequences and (n_boundaries or return_final_state):
             _pass_states[n_sequences, n_heads, triton.cdiv(width, by_sequence["BLOCK_P"])](
-                x=x, dt=dt, A=A, B=B, dt_bias=dt_bias, edge=initial, cu_seqlens=cu_seqlens, joints=joints,
+                x=x, dt=dt, A=A, B=B, dt_bias=dt_bias, edge=initial, cu_seqlens=cu_seqlens, boundaries=boundaries,
                 states=states, last=final, **sizes, **by_sequence, REVERSE=False,
             )  # fmt: skip
         inputs = {
             "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial": initial,
-            "cu_seqlens": cu_seqlens, "sequences": sequences, "starts": starts, "joints": joints, "states": states,
+            "cu_seqlens": cu_seqlens, "sequences": sequences, "first_chunks": first_chunks, "boundaries": boundaries,
+            "states": states,
         }  # fmt: skip
         y = x.new_empty(x.shape)
         if n_rows:
@@ -310,57 +313,45 @@ class _SSD(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final):
         inputs = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         x, dt, A, B, C, D, dt_bias, initial, cu_seqlens = (inputs[name] for name in ctx.names[:9])
-        sequences, joints, states = inputs["sequences"], inputs["joints"], inputs["states"]
+        sequences, boundaries, states = inputs["sequences"], inputs["boundaries"], inputs["states"]
         (n_rows, n_heads, width), (groups, n_states) = x.shape, B.shape[1:]
         blocks = n_heads // ctx.by_chunk["HEADS"]
-        grad_y = torch.zeros_like(x) if grad_y is None else rows(grad_y)
+        grad_y = torch.zeros_like(x) if grad_y is None else dense_rows(grad_y)
         grad_final = None if grad_final is None else grad_final.contiguous()
         grad_states = torch.empty_like(states)
         grad_initial = None if initial is None else torch.empty_like(initial)
         if len(cu_seqlens) > 1 and (len(states) or grad_initial is not None):
             of_y = {**ctx.sizes, "x_stride": grad_y.stride(0), "B_stride": C.stride(0)}
             _pass_states[len(cu_seqlens) - 1, n_heads, triton.cdiv(width, ctx.by_sequence["BLOCK_P"])](
-                x=grad_y, dt=dt, A=A, B=C, dt_bias=dt_bias, edge=grad_final, cu_seqlens=cu_seqlens, joints=joints,
-                states=grad_states, last=grad_initial, **of_y, **ctx.by_sequence, REVERSE=True,
+                x=grad_y, dt=dt, A=A, B=C, dt_bias=dt_bias, edge=grad_final, cu_seqlens=cu_seqlens,
+                boundaries=boundaries, states=grad_states, last=grad_initial, **of_y, **ctx.by_sequence, REVERSE=True,
             )  # fmt: skip
         grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-        shares = x.new_empty(len(sequences), SHARES.value, n_heads, dtype=torch.float32)
-        # A block of heads has a share in these; where it is the whole group, all.
+        partial_sums = x.new_empty(len(sequences), N_PARTIAL.value, n_heads, dtype=torch.float32)
+        # Sums over a group's blocks of heads, of which each writes its own; where there is one, it is the sum.
         one = blocks == groups
         grad_BC = x.new_empty(2, blocks, n_rows, n_states, dtype=x.dtype if one else torch.float32)
         if n_rows:
             _backward[len(sequences), blocks](
                 **inputs, grad_y=grad_y, grad_final=grad_final, grad_states=grad_states, grad_x=grad_x,
-                grad_dt=grad_dt, grad_B=grad_BC[0], grad_C=grad_BC[1], shares=shares, n_rows=n_rows,
+                grad_dt=grad_dt, grad_B=grad_BC[0], grad_C=grad_BC[1], partial_sums=partial_sums, n_rows=n_rows,
                 y_stride=grad_y.stride(0), **ctx.sizes, **ctx.by_chunk,
             )  # fmt: skip
         if not one:
             grad_BC = grad_BC.view(2, groups, blocks // groups, n_rows, n_states).sum(2).to(x.dtype)
         grad_B, grad_C = grad_BC.transpose(1, 2)
-        grad_A, grad_D, grad_bias = shares.sum(0)
+        grad_A, grad_D, grad_bias = partial_sums.sum(0)
         return (
             grad_x, grad_dt, grad_A, grad_B, grad_C, None if D is None else grad_D,
             None if dt_bias is None else grad_bias, grad_initial, None, None, None, None,
         )  # fmt: skip
 
 
-def ssd_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-    return_final_state: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor | None]:
+def ssd_triton(scan: ScanArguments, chunk_size: int) -> tuple[Tensor, Tensor | None]:
     """All of :func:`recbole_ssm.ops.ssd` in Triton kernels; states are float32."""
+    x = scan.x
     with torch.cuda.device_of(x):
         return _SSD.apply(
-            x, dt, dense(A), B.to(x.dtype), C.to(x.dtype), dense(D), dense(dt_bias), initial_state,
-            cu_seqlens.contiguous(), dt_softplus, return_final_state, chunk_size,
+            x, scan.dt, dense(scan.A), scan.B.to(x.dtype), scan.C.to(x.dtype), dense(scan.D), dense(scan.dt_bias),
+            scan.initial_state, scan.cu_seqlens.contiguous(), scan.dt_softplus, scan.return_final_state, chunk_size,
         )  # fmt: skip
