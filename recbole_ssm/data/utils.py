@@ -93,7 +93,8 @@ def data_preparation(config, dataset):
         raise
     except (ValueError, NotImplementedError) as error:  # RecBole's own sentences
         raise UserError(
-            f"{config['dataset']} cannot be split or sampled as it is set{settings_of(config)}: {one_line(error)}."
+            f"{config['dataset']} cannot be split or sampled as it is set{settings_of(config)}, with eval_args "
+            f"{config['eval_args']}: {one_line(error)}."
         ) from error
     except ArithmeticError as error:
         alpha = config["train_neg_sample_args"]["alpha"]

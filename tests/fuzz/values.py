@@ -203,7 +203,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "USER_ID_FIELD": (column, list(_COLUMN_NAME[1])), "ITEM_ID_FIELD": (column, list(_COLUMN_NAME[1])),
     "TIME_FIELD": _COLUMN_NAME, "RATING_FIELD": _COLUMN_NAME, "LABEL_FIELD": _COLUMN_NAME,
     "ITEM_LIST_LENGTH_FIELD": _COLUMN_NAME, "POSITION_FIELD": _COLUMN_NAME,
-    "LIST_SUFFIX": (word, ["_list", "_l", "", "é"]), "NEG_PREFIX": (word, ["neg_", "n_", "", "é"]),
+    "LIST_SUFFIX": (word, ["_l", "_items", "", "é"]), "NEG_PREFIX": (word, ["neg_", "n_", "", "é"]),
     "seq_len": (either(empty, keyed(column, whole(1))), [None, {}, {"x": 3}, {"item_id": 3}, {"item_id": 0}]),
     "threshold": (either(empty, keyed(column, number(-math.inf))),
                   [None, {}, {"timestamp": 1_000_000_300}, {"x": 1}, {"timestamp": "a"}, {"timestamp": math.nan}]),
@@ -233,7 +233,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
          {"timestamp": {"method": "X"}},         {"timestamp": 1}, {"timestamp": {"method": "ED", "bucket": 0}}],
     ),
     "benchmark_filename": (empty, [None, ["train", "valid", "test"], ["train"], [], ["a", "b", "c"]]),
-    "MAX_ITEM_LIST_LENGTH": (whole(1, 2**24), [1, 2, 5, 50, 0, -1, 5.0, 2**30]),
+    "MAX_ITEM_LIST_LENGTH": (whole(1, 2**24), [1, 2, 5, 40, 0, -1, 5.0, 2**30]),
     # Of models.
     "lr_scheduler_type": (one_of("constant", "linear", "cosine"), ["constant", "linear", "cosine", "step", True]),
     "warmup_ratio": _SHARE,
