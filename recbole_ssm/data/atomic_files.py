@@ -283,7 +283,6 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         self.learned_from = {"interactions": len(feat), "digest": digest_of(columns)}
 
 
-@lru_cache(maxsize=None)
 def one_line(error: Exception) -> str:
     """What an exception of RecBole's says, in one line."""
     return " ".join(str(error).split()).rstrip(".")
@@ -300,6 +299,7 @@ def settings_of(config: Any) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
+@lru_cache(maxsize=None)
 def hardened(dataset_class: type) -> type:
     """``dataset_class`` of RecBole with :class:`AtomicFiles` in front."""
     if issubclass(dataset_class, AtomicFiles):

@@ -91,5 +91,9 @@ def unread(schema: type[Common], given: dict[str, Any]) -> list[str]:
     """Which of the settings that our models share are given to a model that reads none of them."""
     return [
         key for key, neutral in NEUTRAL.items()
-        if key in given and key not in schema.model_fields and given[key] not in neutral
+        if key in given and key not in schema.model_fields and not _is_among(given[key], neutral)
     ]  # fmt: skip
+
+
+def _is_among(value: Any, neutral: tuple) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)

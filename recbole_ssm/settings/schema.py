@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 UNSUPPORTED = "Not supported."
+SEPARATOR = "what stands between, such as ','"
 
 # What fits the integers of the libraries below.
 MOST = 2**31 - 1
@@ -61,6 +62,10 @@ def _lower(value: Any) -> Any:
 
 def _none(value: Any) -> Any:
     return None if value == "None" else value  # a word that RecBole understands
+
+
+def _no_number(value: Any) -> Any:
+    return value if isinstance(value, bool) else str(value)  # to a Literal, 0 is False
 
 
 def near(word: Any, known: list[str]) -> str:
@@ -194,7 +199,8 @@ class ClipGradNorm(_Strict):
 
 def _check_gpus(value: Any) -> Any:
     one = r"\s*(-?\d+|(GPU|MIG)-[\w/-]+)\s*"  # as CUDA_VISIBLE_DEVICES has them
-    if isinstance(value, str) and not re.fullmatch(f"({one}(,{one})*)?", value):
+    fits = re.fullmatch(f"({one}(,{one})*)?", value) if isinstance(value, str) else True
+    if not fits or (isinstance(value, int) and not -1 <= value <= MOST):
         raise ValueError(f"gpu_id is {value!r}: choose numbers such as 0 or 0,1.")
     return value
 
@@ -234,7 +240,7 @@ class Common(_Strict):
     show_progress: bool = setting(True, "Whether each epoch has a progress bar.")
     save_dataset: bool = setting(False, "Whether to keep the filtered dataset in checkpoint_dir.")
     dataset_save_path: Name | None = setting(None, "File of a filtered dataset to start from.")
-    save_dataloaders: Literal[False] = setting(
+    save_dataloaders: Annotated[Literal[False], BeforeValidator(_no_number)] = setting(
         False, UNSUPPORTED,
         allowed="False, for saved loaders are pickles, which could run code: leave save_dataloaders out; save_dataset "
         "saves most of the time",
@@ -254,7 +260,7 @@ class Common(_Strict):
     learner: Annotated[Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"], BeforeValidator(_lower)] = setting(
         "adam", "The optimizer."
     )
-    learning_rate: float = setting(0.001, "Learning rate.", ge=1e-12, le=1000)
+    learning_rate: float = setting(0.001, "Learning rate.", ge=1e-12)
     train_neg_sample_args: Annotated[NegativeSampling | None, BeforeValidator(_none)] = setting(
         NegativeSampling(), "Negatives of a training target, for losses that sample.",
         allowed="a dict such as {'distribution': 'uniform', 'sample_num': 1}, or ~ for none",
@@ -292,8 +298,10 @@ class Common(_Strict):
     eval_batch_size: Whole = setting(4096, "Rows, or scores of sampled items, of an evaluation's batch.")
     metric_decimal_place: int = setting(4, "Decimals of results.", ge=0, le=20)
 
-    field_separator: str = setting("\t", "Between columns of atomic files.", section="Data", min_length=1)
-    seq_separator: str = setting(" ", "Inside a column of sequences.", min_length=1)
+    field_separator: str = setting(
+        "\t", "Between columns of atomic files.", section="Data", allowed=SEPARATOR, min_length=1
+    )
+    seq_separator: str = setting(" ", "Inside a column of sequences.", allowed=SEPARATOR, min_length=1)
     encoding: Name | None = setting("utf-8", "Of atomic files.")
     USER_ID_FIELD: Name = setting("user_id", "Name of the column of users.")
     ITEM_ID_FIELD: Name = setting("item_id", "Name of the column of items.")

@@ -163,7 +163,7 @@ def meant(value: Any) -> Any:
 
 def written(value: Any) -> Any:
     """What a value stands for in a YAML file: words are words, but for numbers that RecBole reads as those."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"\d+e\d+", value) else value
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 
 def given(case: Case) -> tuple[dict[str, Any], list[str], list[str]]:
