@@ -256,7 +256,7 @@ class Config(recbole.config.Config):
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
             # Not what a property file says, for it may have been written for another loss.
-            if final.get("loss_type") in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
+            if str(final.get("loss_type")) in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.
@@ -282,7 +282,15 @@ class Config(recbole.config.Config):
         own_trainer = get_trainer(final["MODEL_TYPE"], self.model) is not recbole.trainer.Trainer
         self.schema = schema_of(self.model, self.model in MODELS, sequential, own_trainer)
         self._refuse_unread(self._asked_for())
-        check(self.schema, final)
+        check(self.schema, {**final, "model": self.model})
+        if self.model in MODELS:
+            return
+        input_type, negatives = getattr(self.model_class, "input_type", None), final["train_neg_sample_args"]
+        if input_type is None and final["loss_type"] not in ("CE", "BPR"):
+            raise UserError(f"loss_type is {final['loss_type']!r}: choose one of CE, BPR, as {self.model} has.")
+        drawn = negatives.get("distribution", "uniform") if isinstance(negatives, dict) else None
+        if input_type == InputType.PAIRWISE and drawn in (None, "none", "None"):
+            raise UserError(f"{self.model} compares items with negatives: leave train_neg_sample_args out.")
 
     def _asked_for(self) -> dict[str, Any]:
         return self.external_config_dict

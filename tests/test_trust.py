@@ -179,10 +179,10 @@ def test_names_are_names(name, monkeypatch, capsys):
 
 
 def test_a_setting_cannot_write_a_line_of_the_log():
-    config = small_config("Mamba4Rec", wandb_project="x\nINFO forged\x1b[2J")
+    config = small_config("BPR", note="x\nINFO forged\x1b[2J")
     assert "x\\nINFO forged\\x1b[2J" in str(config)
     assert "\nINFO forged" not in str(config)
-    assert config["wandb_project"] == "x\nINFO forged\x1b[2J"
+    assert config["note"] == "x\nINFO forged\x1b[2J"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody remove an open file")

@@ -20,6 +20,7 @@ from recbole_ssm.data.negatives import check_shares
 from recbole_ssm.data.reading import NAMES, NUMBERS, AtomicFile, first_line
 from recbole_ssm.data.split_files import SplitFiles
 from recbole_ssm.errors import UserError
+from recbole_ssm.settings import Common
 
 # Attributes that name the columns in which a row must not be empty, by what the file is of.
 NAMED = {
@@ -85,12 +86,35 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
             check_shares(np.ones(self.item_num - 1), self.dataset_name)
 
     def _from_scratch(self):
+        self.read_columns: dict[str, list[str]] = {}  # of each file, by its suffix
         try:
             super()._from_scratch()
         except UserError:
             raise
         except (ValueError, AssertionError) as error:  # RecBole's own sentences
-            raise UserError(f"dataset {self.dataset_name} cannot be read as it is set: {error}") from error
+            set_so = settings_of(self.config)
+            raise UserError(
+                f"dataset {self.dataset_name} cannot be read as it is set{set_so}: {one_line(error)}."
+            ) from error
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """Refuse settings that name tables which are not read, and tell of those that name such columns."""
+        for setting in ("load_col", "unload_col", "unused_col"):
+            for suffix in self.config[setting] or {}:
+                if suffix not in self.read_columns:
+                    message = f"{setting} names the suffix {suffix!r}, of which no file is read"
+                    if setting == "unused_col":
+                        raise UserError(f"{message}: leave it out.")
+                    self.logger.warning(message)
+        for suffix, columns in self.read_columns.items():
+            for setting in ("load_col", "unload_col"):
+                named = (self.config[setting] or {}).get(suffix) or ()
+                if unknown := [name for name in named if name not in columns and named != "*"]:
+                    self.logger.warning(f"{setting} names {', '.join(unknown)}, which the .{suffix} file has not")
+        lists = {name for name, ftype in self.field2type.items() if ftype in LISTS}
+        if unknown := [name for name in self.config["seq_len"] or {} if name not in lists]:
+            self.logger.warning(f"seq_len names {', '.join(unknown)}, which is no loaded column of lists")
 
     def _load_feat(self, filepath, source):
         """As RecBole's, by :class:`~recbole_ssm.data.reading.AtomicFile`."""
@@ -100,6 +124,7 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
         try:
             file = AtomicFile(path, self.separator("field_separator"), encoding)
+            self.read_columns[getattr(source, "value", source)] = list(file.columns)
             columns = {
                 name: ftype
                 for name, ftype in file.columns.items()
@@ -194,7 +219,7 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         if taken := [field for field in columns if field in made]:
             raise UserError(
                 f"{path} has a column {' and '.join(taken)}, as rows made of it have one: name it otherwise in the "
-                "file, or leave it out by load_col."
+                "file, leave it out by load_col, or change LIST_SUFFIX, NEG_PREFIX or ITEM_LIST_LENGTH_FIELD."
             )
 
     def _remap(self, remap_list):
@@ -256,6 +281,22 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
             order = np.lexsort((columns[2], columns[0]))  # that of the lines does not matter, but of ties
             columns = [column[order] for column in columns]
         self.learned_from = {"interactions": len(feat), "digest": digest_of(columns)}
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of RecBole's says, in one line."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def settings_of(config: Any) -> str:
+    """In brackets, the settings of the data that are not RecBole's defaults; nothing where there are none."""
+    fields = Common.model_fields
+    found = [
+        f"{key}: {config[key]!r}"
+        for key in config.parameters["Dataset"]
+        if key in fields and config[key] != fields[key].default
+    ]
+    return f" ({', '.join(found)})" if found else ""
 
 
 @lru_cache(maxsize=None)

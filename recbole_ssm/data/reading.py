@@ -72,7 +72,7 @@ class AtomicFile:
             if not name or ftype not in types:
                 raise UserError(
                     f"{path} has a bad header: column {column!r} should be name:type with a type of "
-                    f"{', '.join(types)}, separated by {separator!r}, such as {HEADER_EXAMPLE}."
+                    f"{', '.join(types)}, separated by {separator!r} (field_separator), such as {HEADER_EXAMPLE}."
                 )
             if name in self.columns:
                 raise UserError(f"{path} has two columns {name}: give each a name of its own.")

@@ -55,6 +55,8 @@ def load_dataset(file: str | Path, config: Any, dataset_class: Any) -> Any:
     Raises:
         UserError: for a file that is damaged or none of ours; RecBole's are pickles, which could run code.
     """
+    if not Path(file).is_file():
+        raise UserError(f"dataset_save_path is {file!s}, and there is no such file: save_dataset makes one.")
     state = load_checkpoint(file)
     wanted = made_by(config)
     differing = [key for key, value in wanted.items() if state.get("made_by", {}).get(key) != value]

@@ -43,7 +43,10 @@ class SplitFiles(recbole_datasets.Dataset):
         for name in names:
             if not Path(dataset_path, name).is_file():
                 found = ", ".join(sorted(path.name for path in Path(dataset_path).iterdir())) or "nothing"
-                raise UserError(f"{dataset_path} holds no {name} (it holds {found}): put the interactions there.")
+                raise UserError(
+                    f"{dataset_path} holds no {name} (it holds {found}): put the interactions there, or "
+                    "change benchmark_filename."
+                )
         if len(names) == 1:
             return super()._load_inter_feat(token, dataset_path)
         feats: list[pd.DataFrame] = []

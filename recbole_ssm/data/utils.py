@@ -9,7 +9,7 @@ from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
 from recbole.utils import ModelType, set_color
 
-from recbole_ssm.data.atomic_files import hardened
+from recbole_ssm.data.atomic_files import hardened, one_line, settings_of
 from recbole_ssm.data.full_ranking import UnseenItemsDataLoader
 from recbole_ssm.data.negatives import check_loader
 from recbole_ssm.data.saved import load_dataset, made_by, save_dataset
@@ -98,7 +98,10 @@ def data_preparation(config, dataset):
     except UserError:
         raise
     except (ValueError, NotImplementedError) as error:  # RecBole's own sentences
-        raise UserError(f"{config['dataset']} cannot be split or sampled as it is set: {error}") from error
+        raise UserError(
+            f"{config['dataset']} cannot be split or sampled as it is set{settings_of(config)}, with eval_args "
+            f"{config['eval_args']}: {one_line(error)}."
+        ) from error
     except ArithmeticError as error:
         alpha = config["train_neg_sample_args"]["alpha"]
         raise UserError(

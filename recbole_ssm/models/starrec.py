@@ -141,7 +141,7 @@ class STARRec(PackedRecommender):
             mixed = self.mixture(hidden)
             hidden = mixed.output
         terms = [self.ranking_loss(hidden, positives, negatives, weights)]
-        if self.diversity_weight and mixed is not None:
+        if self.diversity_weight and mixed is not None and len(mixed.experts) > 1:
             terms.append(expert_diversity(mixed.experts, weights, self.diversity_weight))
         if self.balance_weight and mixed is not None:
             terms.append(load_balance(mixed.gate, mixed.chosen, weights, self.balance_weight, weight))

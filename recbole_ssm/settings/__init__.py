@@ -1,8 +1,10 @@
 """The schema of all settings (:mod:`recbole_ssm.settings.schema`), and settings held to it."""
 
+import logging
 from typing import Any
 
 from pydantic import ValidationError
+from recbole.utils import ModelType
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.settings.models import (
@@ -20,7 +22,16 @@ from recbole_ssm.settings.schema import Common, Sequential, near
 from recbole_ssm.settings.text import sentence
 
 __all__ = [
-    "BACKENDS", "CAUSAL_MODELS", "FIXED", "LOGISTIC_LOSSES", "LOSS_TYPES", "SCHEMAS", "check", "near", "schema_of",
+    "BACKENDS",
+    "CAUSAL_MODELS",
+    "FIXED",
+    "LOGISTIC_LOSSES",
+    "LOSS_TYPES",
+    "SCHEMAS",
+    "Common",
+    "check",
+    "near",
+    "schema_of",
     "unread",
 ]  # fmt: skip
 
@@ -28,8 +39,16 @@ __all__ = [
 NEUTRAL = {
     "train_mode": ("prefix",), "time_order": ("float32",), "lr_scheduler_type": ("constant",), "warmup_ratio": (0,),
     "cuda_graphs": ("auto", "off"), "exclude_history": (False,), "temperature": (None,), "label_smoothing": (0,),
-    "use_time_gaps": (False,), "gbce_t": (), "ssm_backend": ("auto",),
+    "use_time_gaps": (False,), "gbce_t": (), "ssm_backend": ("auto",), "loss_type": (),
 }  # fmt: skip
+
+# Who reads what RecBole gives to all models: those of a type, or some by name.
+READERS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("MAX_ITEM_LIST_LENGTH", "ITEM_LIST_LENGTH_FIELD", "LIST_SUFFIX"), (ModelType.SEQUENTIAL,)),
+    **dict.fromkeys(("alias_of_entity_id", "alias_of_relation_id"), (ModelType.KNOWLEDGE,)),
+    "require_pow": ("LightGCN", "SimpleX"),
+    "POSITION_FIELD": (),
+}
 
 
 def schema_of(model: str, ours: bool, sequential: bool, own_trainer: bool) -> type[Common]:
@@ -51,21 +70,32 @@ def schema_of(model: str, ours: bool, sequential: bool, own_trainer: bool) -> ty
 
 
 def check(schema: type[Common], settings: dict[str, Any]) -> None:
-    """Hold settings to a schema; those that it does not know are not looked at.
+    """Hold settings to a schema; those that it does not know are not looked at, and those in vain are told of.
 
     Raises:
         UserError: for a value that a setting cannot have, or settings that exclude each other.
     """
+    for key, value in settings.items():
+        if isinstance(value, int) and abs(value) >= 2**64 and key not in schema.model_fields:
+            raise UserError(f"{key} is an integer of more than 64 bits: choose a smaller number.")
     known = {key: value for key, value in settings.items() if key in schema.model_fields}
     try:
         schema.model_validate(known)
     except ValidationError as error:
         raise UserError(sentence(schema, known, error)) from None
+    for key, readers in READERS.items():
+        in_vain = settings["MODEL_TYPE"] not in readers and settings["model"] not in readers
+        if in_vain and known.get(key, schema.model_fields[key].default) != schema.model_fields[key].default:
+            logging.getLogger().warning(f"{key} is {known[key]!r}, which {settings['model']} does not read")
 
 
 def unread(schema: type[Common], given: dict[str, Any]) -> list[str]:
     """Which of the settings that our models share are given to a model that reads none of them."""
     return [
         key for key, neutral in NEUTRAL.items()
-        if key in given and key not in schema.model_fields and given[key] not in neutral
+        if key in given and key not in schema.model_fields and not _is_among(given[key], neutral)
     ]  # fmt: skip
+
+
+def _is_among(value: Any, neutral: tuple) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)

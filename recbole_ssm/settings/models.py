@@ -117,8 +117,8 @@ class SASRec(Causal):
     hidden_act: Literal["gelu", "relu", "swish", "tanh", "sigmoid"] = setting(
         "gelu", "Activation of the feed-forward layers.", fixed=True
     )
-    layer_norm_eps: float = setting(1e-12, "Added to a variance before its root is taken.", ge=0, fixed=True)
-    initializer_range: float = setting(0.02, "Standard deviation of initial weights.", gt=0)
+    layer_norm_eps: float = setting(1e-12, "Added to a variance before its root is taken.", gt=0, le=1, fixed=True)
+    initializer_range: float = setting(0.02, "Standard deviation of initial weights.", ge=1e-8, le=100)
 
     @model_validator(mode="after")
     def _heads(self):
@@ -145,7 +145,7 @@ class Ours(OnePass):
 
     temperature: float | None = setting(
         None, "Scores are cosines over this temperature; inner products when empty, as in the papers.",
-        section="Scores and the loss over all items", gt=0, fixed=True,
+        section="Scores and the loss over all items", ge=1e-6, le=1e6, fixed=True,
     )  # fmt: skip
     label_smoothing: float = setting(0.0, "Share of a target that loss_type CE spreads over all items.", ge=0, lt=1)
     gbce_t: float = setting(
@@ -232,7 +232,7 @@ class SSD4Rec(Ours):
         16, "Width of an SSD head; must divide expand * hidden_size.", "Released.", ge=1, le=2**16, fixed=True
     )
     bidirectional: bool = setting(True, "Ablation 'w/o bidirection' when False; the model is causal then.", fixed=True)
-    beta: float = setting(0.1, "Weight of the backward stream.", "Released.", ge=0, fixed=True)
+    beta: float = setting(0.1, "Weight of the backward stream.", "Released.", ge=0, le=1000, fixed=True)
     backward_stream: Literal["final", "aligned"] = setting(
         "final",
         "What a position receives from the backward scan. 'final': the last one receives the state after the whole "
@@ -332,9 +332,9 @@ class STARRec(Ours):
         ge=1, le=4096, fixed=True,
     )  # fmt: skip
     diversity_weight: float = setting(
-        0.01, "Weight of the expert-diversity term; 0 is the ablation 'w/o diversity'.", ge=0
+        0.01, "Weight of the expert-diversity term; 0 is the ablation 'w/o diversity'.", ge=0, le=1000
     )
-    balance_weight: float = setting(0.01, "Weight of the load-balance term; 0 leaves it out.", ge=0)
+    balance_weight: float = setting(0.01, "Weight of the load-balance term; 0 leaves it out.", ge=0, le=1000)
     loss_type: LossType = setting(
         "CE", "The loss; all but CE draw negatives.", "Paper: BCE; released code: CE.", section="Training"
     )
@@ -360,11 +360,25 @@ class STARRec(Ours):
         return self
 
 
-class Recboles(Scheduled, Common):
+class Named(BaseModel):
+    """What settings of these names are in all of RecBole's models; their property files say which has which."""
+
+    embedding_size: int = setting(64, "Width of an embedding.", ge=1, le=2**16)
+    hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16)
+    inner_size: int = setting(256, "Inner width of the feed-forward layers.", ge=1, le=2**18)
+    n_layers: int = setting(2, "Number of layers.", ge=1, le=1024)
+    num_layers: int = setting(1, "Number of layers.", ge=1, le=1024)
+    n_heads: int = setting(2, "Number of attention heads.", ge=1, le=2**16)
+    dropout_prob: float = setting(0.0, "Dropout rate.", ge=0, lt=1)
+    hidden_dropout_prob: float = setting(0.5, "Dropout rate of the hidden states.", ge=0, lt=1)
+    attn_dropout_prob: float = setting(0.5, "Dropout rate of the attention weights.", ge=0, lt=1)
+
+
+class Recboles(Named, Scheduled, Common):
     """RecBole's models that its own Trainer trains."""
 
 
-class RecbolesSequential(Scheduled, Sequential):
+class RecbolesSequential(Named, Scheduled, Sequential):
     """RecBole's sequential models that its own Trainer trains."""
 
 

@@ -9,9 +9,19 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 UNSUPPORTED = "Not supported."
+SEPARATOR = "what stands between, such as ','"
 
 # What fits the integers of the libraries below.
 MOST = 2**31 - 1
@@ -23,6 +33,9 @@ TOP_METRICS = (
 )  # fmt: skip
 LIST_METRICS = ("GAUC",)
 SCORE_METRICS = ("AUC", "LogLoss", "MAE", "RMSE")
+
+# Those of which less is better.
+SMALLER = ("LogLoss", "MAE", "RMSE", "AveragePopularity", "GiniIndex")
 
 
 def setting(
@@ -51,6 +64,10 @@ def _none(value: Any) -> Any:
     return None if value == "None" else value  # a word that RecBole understands
 
 
+def _no_number(value: Any) -> Any:
+    return value if isinstance(value, bool) else str(value)  # to a Literal, 0 is False
+
+
 def near(word: Any, known: list[str]) -> str:
     """How a sentence about an unknown word ends: with the known one next to it, where there is one."""
     folded = {name.lower(): name for name in known}
@@ -58,6 +75,13 @@ def near(word: Any, known: list[str]) -> str:
     return f", did you mean {folded[found[0]]!r}?" if found else "."
 
 
+def _check_name(value: str, info: ValidationInfo) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"{info.field_name} is {value!r}: choose a word.")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
 Whole = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
@@ -147,6 +171,12 @@ class NegativeSampling(_Strict):
                 f"candidate_num of train_neg_sample_args is {self.candidate_num} with dynamic: {self.dynamic}: dynamic "
                 "sampling needs candidates, and nothing else reads them."
             )
+        for part in ("sample_num", "alpha"):
+            if self.draws and getattr(self, part) == "none":
+                raise ValueError(
+                    f"{part} of train_neg_sample_args is none, which draws nothing from distribution "
+                    f"{self.distribution}: choose a number, or leave it out."
+                )
         if self.distribution == "uniform" and self.alpha != 1:
             raise ValueError(
                 f"alpha of train_neg_sample_args is {self.alpha} with distribution uniform: popularity alone reads it."
@@ -165,6 +195,14 @@ class ClipGradNorm(_Strict):
     max_norm: float = setting(..., "Largest norm.", gt=0)
     norm_type: float = setting(2, "Which norm.", gt=0, allow_inf_nan=True)
     error_if_nonfinite: bool = setting(False, "Whether gradients that are no numbers end the run.")
+
+
+def _check_gpus(value: Any) -> Any:
+    one = r"\s*(-?\d+|(GPU|MIG)-[\w/-]+)\s*"  # as CUDA_VISIBLE_DEVICES has them
+    fits = re.fullmatch(f"({one}(,{one})*)?", value) if isinstance(value, str) else True
+    if not fits or (isinstance(value, int) and not -1 <= value <= MOST):
+        raise ValueError(f"gpu_id is {value!r}: choose numbers such as 0 or 0,1.")
+    return value
 
 
 def _check_intervals(value: Any, info: ValidationInfo) -> Any:
@@ -197,12 +235,12 @@ class Common(_Strict):
         "INFO", "From which level on the log is written."
     )
     reproducibility: bool = setting(True, "Whether torch takes deterministic algorithms alone.")
-    data_path: str = setting("dataset/", "Folder that holds a folder of each dataset.")
-    checkpoint_dir: str = setting("saved", "Folder of checkpoints.")
+    data_path: Name = setting("dataset/", "Folder that holds a folder of each dataset.")
+    checkpoint_dir: Name = setting("saved", "Folder of checkpoints.")
     show_progress: bool = setting(True, "Whether each epoch has a progress bar.")
     save_dataset: bool = setting(False, "Whether to keep the filtered dataset in checkpoint_dir.")
-    dataset_save_path: str | None = setting(None, "File of a filtered dataset to start from.")
-    save_dataloaders: Literal[False] = setting(
+    dataset_save_path: Name | None = setting(None, "File of a filtered dataset to start from.")
+    save_dataloaders: Annotated[Literal[False], BeforeValidator(_no_number)] = setting(
         False, UNSUPPORTED,
         allowed="False, for saved loaders are pickles, which could run code: leave save_dataloaders out; save_dataset "
         "saves most of the time",
@@ -214,7 +252,7 @@ class Common(_Strict):
         True, "Whether a sequential model takes what tuning found for it and the dataset, if anything."
     )
     log_wandb: bool = setting(False, "Whether to report to Weights & Biases.")
-    wandb_project: str = setting("recbole", "Project there.")
+    wandb_project: Name = setting("recbole", "Project there.")
     shuffle: bool = setting(True, "Whether training data are drawn in a new order each epoch.")
 
     epochs: Whole = setting(300, "Training epochs, at most.", section="Training")
@@ -222,7 +260,7 @@ class Common(_Strict):
     learner: Annotated[Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"], BeforeValidator(_lower)] = setting(
         "adam", "The optimizer."
     )
-    learning_rate: float = setting(0.001, "Learning rate.", gt=0)
+    learning_rate: float = setting(0.001, "Learning rate.", ge=1e-12)
     train_neg_sample_args: Annotated[NegativeSampling | None, BeforeValidator(_none)] = setting(
         NegativeSampling(), "Negatives of a training target, for losses that sample.",
         allowed="a dict such as {'distribution': 'uniform', 'sample_num': 1}, or ~ for none",
@@ -232,7 +270,7 @@ class Common(_Strict):
     clip_grad_norm: ClipGradNorm | None = setting(
         None, "Arguments of torch's clip_grad_norm_.", allowed="a dict such as {'max_norm': 5}, or ~ for none"
     )
-    weight_decay: float = setting(0.0, "L2 penalty; with adamw the decay of weights.", ge=0)
+    weight_decay: float = setting(0.0, "L2 penalty; with adamw the decay of weights.", ge=0, le=1000)
     loss_decimal_place: int = setting(4, "Decimals of the loss in the log.", ge=0, le=20)
     require_pow: bool = setting(False, "Whether RecBole's embedding loss takes powers.")
     enable_amp: bool = setting(False, "Whether to train in half precision.")
@@ -256,26 +294,32 @@ class Common(_Strict):
         [10], "How many of a ranked list count.", allowed="a whole number from 1, or a list of such numbers"
     )
     valid_metric: str = setting("MRR@10", "By which the best epoch is chosen and training stops.")
-    valid_metric_bigger: bool = setting(True, "Whether more of it is better; RecBole sets it by the metric.")
+    valid_metric_bigger: bool = setting(True, "Whether more of it is better, which follows from it.")
     eval_batch_size: Whole = setting(4096, "Rows, or scores of sampled items, of an evaluation's batch.")
     metric_decimal_place: int = setting(4, "Decimals of results.", ge=0, le=20)
 
-    field_separator: str = setting("\t", "Between columns of atomic files.", section="Data")
-    seq_separator: str = setting(" ", "Inside a column of sequences.")
-    encoding: str | None = setting("utf-8", "Of atomic files.")
-    USER_ID_FIELD: str = setting("user_id", "Name of the column of users.")
-    ITEM_ID_FIELD: str = setting("item_id", "Name of the column of items.")
-    RATING_FIELD: str = setting("rating", "Name of the column of ratings.")
-    TIME_FIELD: str = setting("timestamp", "Name of the column of times.")
-    LABEL_FIELD: str = setting("label", "Name of the column of labels.")
+    field_separator: str = setting(
+        "\t", "Between columns of atomic files.", section="Data", allowed=SEPARATOR, min_length=1
+    )
+    seq_separator: str = setting(" ", "Inside a column of sequences.", allowed=SEPARATOR, min_length=1)
+    encoding: Name | None = setting("utf-8", "Of atomic files.")
+    USER_ID_FIELD: Name = setting("user_id", "Name of the column of users.")
+    ITEM_ID_FIELD: Name = setting("item_id", "Name of the column of items.")
+    RATING_FIELD: Name = setting("rating", "Name of the column of ratings.")
+    TIME_FIELD: Name = setting("timestamp", "Name of the column of times.")
+    LABEL_FIELD: Name = setting("label", "Name of the column of labels.")
     seq_len: dict[str, Whole] | None = setting(
         None,
         "Most entries that are read of columns of sequences.",
         allowed="a dict {'a column': a whole number}, or ~ for none",
     )
-    threshold: dict[str, float] | None = setting(None, "Column and value from which on an interaction has label 1.")
-    NEG_PREFIX: str = setting("neg_", "Of the names of negatives' columns.")
-    numerical_features: list[str] | None = setting([], "Columns of numbers that are embedded.")
+    threshold: Annotated[dict[str, float], Field(min_length=1, max_length=1)] | None = setting(
+        None,
+        "Column and value from which on an interaction has label 1.",
+        allowed="a dict of one column such as {'rating': 3}, or ~ for none",
+    )
+    NEG_PREFIX: Name = setting("neg_", "Of the names of negatives' columns.")
+    numerical_features: list[str] = setting([], "Columns of numbers that are embedded.")
     load_col: dict[str, list[str] | Literal["*"]] | None = setting(
         {"inter": ["user_id", "item_id"]},
         "Columns that are read, by the file's suffix; all where empty. Sequential models take TIME_FIELD, too.",
@@ -303,14 +347,15 @@ class Common(_Strict):
     normalize_field: list[str] | None = setting(None, "Columns of numbers that are normalised.")
     normalize_all: bool | None = setting(None, "Whether all columns of numbers are normalised.")
     discretization: dict[str, dict] | None = setting(None, "How columns of numbers are made discrete.")
-    ITEM_LIST_LENGTH_FIELD: str = setting("item_length", "Name of the column of histories' lengths.")
-    LIST_SUFFIX: str = setting("_list", "Of the names of histories' columns.")
+    ITEM_LIST_LENGTH_FIELD: Name = setting("item_length", "Name of the column of histories' lengths.")
+    LIST_SUFFIX: Name = setting("_list", "Of the names of histories' columns.")
     MAX_ITEM_LIST_LENGTH: int = setting(50, "Most items of a history that a model reads.", ge=1, le=2**20)
-    POSITION_FIELD: str = setting("position_id", "Name of the column of positions.")
+    POSITION_FIELD: Name = setting("position_id", "Name of the column of positions.")
     benchmark_filename: list[str] | None = setting(
         None, "Suffixes of files that are split beforehand, for training, validation and test."
     )
 
+    _gpus = field_validator("gpu_id", mode="after")(_check_gpus)
     _interval = field_validator("user_inter_num_interval", "item_inter_num_interval", mode="before")(_check_intervals)
 
     @field_validator("metrics", mode="after")
@@ -320,7 +365,7 @@ class Common(_Strict):
         names = [metrics] if isinstance(metrics, str) else metrics
         for name in names:
             if name.lower() not in map(str.lower, known):
-                raise ValueError(f"there is no metric named {name!r}: choose among {', '.join(known)}.")
+                raise ValueError(f"metrics: there is no metric named {name!r}, choose among {', '.join(known)}.")
         if not names or len({_holds(name, SCORE_METRICS) for name in names}) > 1:
             raise ValueError(
                 f"metrics is {names}: choose at least one, and either of rankings "
@@ -342,19 +387,43 @@ class Common(_Strict):
         results = [name if not _holds(name, TOP_METRICS) else f"{name}@{k}" for name in metrics for k in topk]
         if self.valid_metric.lower() not in map(str.lower, results):
             raise ValueError(
-                f"valid_metric {self.valid_metric} is not among the metrics {metrics} at {topk}: set --valid_metric to "
-                f"one of {', '.join(dict.fromkeys(results))}."
+                f"valid_metric {self.valid_metric} is not among the metrics {metrics} at topk {topk}: set "
+                f"--valid_metric to one of {', '.join(dict.fromkeys(results))}."
             )
+        if not self.valid_metric_bigger and not _holds(self.valid_metric.split("@")[0], SMALLER):
+            raise ValueError(f"valid_metric_bigger is False, but more of {self.valid_metric} is better: leave it out.")
         of_scores, modes = _holds(metrics[0], SCORE_METRICS), self.eval_args.modes()
         if of_scores and "full" in modes:
             raise ValueError(
-                f"{metrics[0]} is of labelled or sampled items: set the mode of eval_args to labeled, or to uniN or "
-                "popN."
+                f"metrics: {metrics[0]} is of labelled or sampled items: set the mode of eval_args to labeled, or to "
+                "uniN or popN."
             )
         if not of_scores and "labeled" in modes:
             raise ValueError(
-                f"{metrics[0]} is of rankings, and mode labeled of eval_args ranks nothing: choose full, uniN or popN."
+                f"metrics: {metrics[0]} is of rankings, and mode labeled of eval_args ranks nothing: choose full, "
+                "uniN or popN."
             )
+        sampled = [int(mode[3:]) for mode in modes if mode not in ("full", "labeled")]
+        if sampled and max(topk) > min(sampled) and any(_holds(name, TOP_METRICS) for name in metrics):
+            raise ValueError(
+                f"topk is {topk}, but the mode of eval_args ranks a target among {min(sampled)} sampled items: choose "
+                "at most as many, or sample more."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _columns(self):
+        named: dict[str, str] = {}
+        columns = {
+            **{key: getattr(self, key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "LABEL_FIELD")},
+            "NEG_PREFIX + ITEM_ID_FIELD": self.NEG_PREFIX + self.ITEM_ID_FIELD,
+            "ITEM_ID_FIELD + LIST_SUFFIX": self.ITEM_ID_FIELD + self.LIST_SUFFIX,
+            "ITEM_LIST_LENGTH_FIELD": self.ITEM_LIST_LENGTH_FIELD,
+        }
+        for key, name in columns.items():
+            if name in named:
+                raise ValueError(f"{key} and {named[name]} are both {name}: give each column a name of its own.")
+            named[name] = key
         return self
 
 

@@ -325,7 +325,10 @@ def test_a_catalogue_smaller_than_what_is_ranked():
     ("settings", "message"),
     [
         ({"numerical_features": ["tags"]}, r"numerical_features is \['tags'\]: make it a list of columns of numbers"),
-        ({"preload_weight": {"x": "price"}}, r"dataset tiny cannot be read as it is set: .*\[x\] not exist"),
+        (
+            {"preload_weight": {"x": "price"}},
+            r"tiny cannot be read as it is set \(.*: Preload id field \[x\] not exist",
+        ),
     ],
 )
 def test_settings_of_columns_that_are_not_there(settings, message):

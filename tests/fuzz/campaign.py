@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from .watch import BAD, GOOD
+
 BATCH = 1000
 # Seconds without a sign of life, after which a batch's process is killed: PATIENCE is of its own time, and this is
 # for what no signal interrupts.
@@ -46,8 +48,10 @@ def run_batch(kind: str, count: int, seed: int, skip: int, log: Path, absurd: bo
     sys.argv = ["fuzz"]
     if kind == "checkpoint":
         from . import checkpoints as module
-    else:
+    elif kind == "inter":
         from . import interactions as module  # type: ignore[no-redef]
+    else:
+        from . import settings as module  # type: ignore[no-redef]
     bases = module.Bases()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
@@ -68,7 +72,7 @@ def run_batch(kind: str, count: int, seed: int, skip: int, log: Path, absurd: bo
         with log.open("a") as file:
             file.write(json.dumps({"case": number, "kind": case.kind, "begun": True}) + "\n")
         outcome = module.check(case, bases)
-        if outcome.word not in ("refused", "equal", "different"):
+        if outcome.word in BAD:
             shutil.copy(current, log.with_name(f"{log.stem}-{number}.case"))
         with log.open("a") as file:
             made = {name: value for name, value in vars(case).items() if name != "data"}
@@ -137,7 +141,7 @@ def _wait(child: subprocess.Popen, log: Path) -> bool:
 
 def summary(kind: str, cases: list[tuple[int, dict[str, Any]]]) -> str:
     """Counts by kind of change and outcome, then what ought not to be, then what was refused by the last resort."""
-    words = ("refused", "equal", "different", "traceback", "crash", "hang", "code", "rows", "damage")
+    words = (*GOOD, *BAD)
     table = Counter((line["kind"], line["word"]) for _, line in cases)
     kinds = sorted({name for name, _ in table})
     rows = [[name, *(str(table[name, word]) for word in words)] for name in kinds]
@@ -146,7 +150,7 @@ def summary(kind: str, cases: list[tuple[int, dict[str, Any]]]) -> str:
     text += [" ".join(f"{cell:>12}" for cell in row) for row in rows]
     text.append("\nWhat ought not to be:")
     for seed, line in cases:
-        if line["word"] not in words[:3]:
+        if line["word"] in BAD:
             text.append(f"  seed {seed} case {line['case']} ({line['kind']}): {line['word']}: {line['detail']:.500}")
             text.append(f"    { ({key: line[key] for key in ('model', 'settings', 'then') if key in line}) }")
     text.append("\nRefused by the last resort:")
@@ -158,7 +162,7 @@ def summary(kind: str, cases: list[tuple[int, dict[str, Any]]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 1 where something happened that ought not to."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.campaign", description=__doc__)
-    parser.add_argument("--kind", choices=["checkpoint", "inter"], required=True)
+    parser.add_argument("--kind", choices=["checkpoint", "inter", "settings"], required=True)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1, help="of the first batch; each further one has the next")
     parser.add_argument("--folder", type=Path, default=Path("fuzz-findings"))
@@ -183,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not found:
                 break
     print(summary(given.kind, cases))
-    return int(any(line["word"] not in ("refused", "equal", "different") for _, line in cases))
+    return int(any(line["word"] in BAD for _, line in cases))
 
 
 if __name__ == "__main__":

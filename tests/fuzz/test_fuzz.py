@@ -1,6 +1,7 @@
-"""A few changed files of each kind in continuous integration; 10,000 of each behind the marker ``fuzz``."""
+"""A few files and settings of each kind in continuous integration; 10,000 of each behind the marker ``fuzz``."""
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,18 @@ import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from recbole.evaluator.base_metric import TopkMetric
 
-from recbole_ssm import checkpoint
+from recbole_ssm import checkpoint, config
 from recbole_ssm.data.reading import AtomicFile
+from recbole_ssm.settings import SCHEMAS
 
 from . import campaign, checkpoints, interactions, watch
+from . import settings as given_settings
+from .values import SETTINGS
 
-KINDS = {"checkpoint": checkpoints, "inter": interactions}
+KINDS = {"checkpoint": checkpoints, "inter": interactions, "settings": given_settings}
+FEW = {"settings": 60}
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +39,27 @@ def bases(made, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: 0.0)
-    return {"checkpoint": bases, "inter": interactions.Bases(bases)}
+    return {"checkpoint": bases, "inter": interactions.Bases(bases), "settings": given_settings.Bases()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_few_changed_files(kind, bases):
+def test_a_few(kind, bases):
     module: Any = KINDS[kind]
+    words: Counter[str] = Counter()
 
     # The same ones each time, without a look for the smallest that fails: there is no time.
     @settings(
-        max_examples=30, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=FEW.get(kind, 30), derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=HealthCheck,
     )  # fmt: skip
     @given(module.cases(bases[kind]))
     def one(case):
         outcome = module.check(case, bases[kind])
         assert outcome.word not in watch.BAD, (outcome, case)
+        words[outcome.word] += 1
 
     one()
+    assert min(words["refused"], words["equal"] + words["different"]) >= 5, words
     torch.autograd.set_detect_anomaly(False)  # which one of RecBole's models switches on
 
 
@@ -100,6 +109,33 @@ def test_a_lost_row_and_a_changed_weight_are_noticed(monkeypatch, bases):
     assert checkpoints.check(changed, bases["checkpoint"]).word == "damage"
 
 
+NOTICED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no layers": ("Mamba4Rec", {"num_layers": 0}, "senseless"),
+    "a word for a switch": ("STARRec", {"use_moe": "no"}, "senseless"),
+    "no choice": ("SASRec", {"eval_args": {"mode": "uni0"}}, "senseless"),
+    "contradicting settings": ("NARM", {"USER_ID_FIELD": "user_id", "LABEL_FIELD": "timestamp"}, "senseless"),
+    "a switch that is off": ("STARRec", {"train_mode": "prefix", "moe_level": "position", "use_moe": False}, "equal"),
+    "what nobody reads": ("BPR", {"MAX_ITEM_LIST_LENGTH": 5}, "ignored"),
+    "what is read": ("GRU4Rec", {"MAX_ITEM_LIST_LENGTH": 5}, "equal"),
+    "a future that is foretold": ("STARRec", {"topk": [5], "valid_metric": "NDCG@5"}, "senseless"),
+    "a model that does not learn": ("BPR", {"learning_rate": 1e-3}, "senseless"),
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_senseless_settings_are_noticed_without_a_schema(name, bases, monkeypatch):
+    model, given, word = NOTICED[name]
+    monkeypatch.setattr(config, "check", lambda *_: None)
+    if name == "a future that is foretold":
+        monkeypatch.setattr(
+            TopkMetric, "topk_result", lambda self, metric, _: {f"{metric}@{k}": 1.0 for k in self.topk}
+        )
+    if name == "a model that does not learn":
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda self, closure=None: None)
+    outcome = given_settings.check(given_settings.Case("dict", model, given), bases["settings"])
+    assert outcome.word == word, outcome
+
+
 @pytest.mark.parametrize(
     ("data", "rows"),
     [
@@ -111,3 +147,8 @@ def test_a_lost_row_and_a_changed_weight_are_noticed(monkeypatch, bases):
 def test_rows_are_counted_by_themselves(data, rows):
     found = interactions.rows_of(data, "utf-8", "\t")
     assert (found and [tuple(row.values()) for row in found]) == rows
+
+
+def test_every_setting_of_the_schema_is_tried():
+    known = {key for schema in SCHEMAS.values() for key in schema.model_fields}
+    assert known - set(SETTINGS) == {"teacher"}  # of a model that is not among those

@@ -35,8 +35,7 @@ class Outcome:
     """What became of a case.
 
     Attributes:
-        word: ``refused``, ``equal``, ``different``, or what ought not to be: ``traceback``, ``hang``, ``code``,
-            ``damage``, ``rows``.
+        word: one of :data:`GOOD` (``large``: accepted, but not run), or of :data:`BAD`, what ought not to be.
         detail: the sentence, or where it happened.
         told: lines of the log.
         by_name: whether a refusal is one that was written for its reason, not the last resort of ``quick_start``.
@@ -50,13 +49,14 @@ class Outcome:
     result: Any = None
 
 
-BAD = ("traceback", "crash", "hang", "code", "damage", "rows")
+GOOD = ("refused", "equal", "different", "large")
+BAD = ("traceback", "crash", "hang", "code", "damage", "rows", "senseless", "ignored", "unclear")
 
 
 def _hook(event: str, args: tuple) -> None:
     if not _folder:
         return
-    if event in FORBIDDEN and not (event == "pickle.find_class" and _from_a_worker()):
+    if event in FORBIDDEN and not (event == "pickle.find_class" and _from_this_machine()):
         SUSPICIOUS.append(f"{event} {args}"[:300])
     elif event in WRITING or (event == "open" and _writes(args)):
         with suppress(Exception):
@@ -66,10 +66,10 @@ def _hook(event: str, args: tuple) -> None:
                 SUSPICIOUS.append(f"{event} {path}"[:300])
 
 
-def _from_a_worker() -> bool:
-    """Whether a process of this very run (those of ``worker``) has sent what is unpickled."""
+def _from_this_machine() -> bool:
+    """Whether a process of this very run (those of ``worker``), or numba's cache, has sent what is unpickled."""
     frame = sys._getframe()
-    while frame is not None and "multiprocessing" not in frame.f_code.co_filename:
+    while frame is not None and not any(part in frame.f_code.co_filename for part in ("multiprocessing", "numba/core")):
         frame = frame.f_back
     return frame is not None
 

@@ -79,9 +79,9 @@ REFUSED = {
     "thresholds": ("STARRec", {"similarity_threshold": [0.1, 0.2]}, "has 2 values for n_heads 8"),
     "heads of SASRec": ("SASRec", {"n_heads": 3}, "n_heads 3 does not divide hidden_size 64"),
     "optimizer": ("BPR", {"learner": "bogus"}, "learner is 'bogus': choose one of adam, adamw, sgd"),
-    "NaN": ("STARRec", {"learning_rate": float("nan")}, "learning_rate is nan: choose a positive number"),
+    "NaN": ("STARRec", {"learning_rate": float("nan")}, "learning_rate is nan: choose a number from 1e-12"),
     "infinity": ("STARRec", {"weight_decay": float("inf")}, "weight_decay is inf: choose a number from 0"),
-    "learning rate": ("STARRec", {"learning_rate": -1}, "learning_rate is -1: choose a positive number"),
+    "learning rate": ("STARRec", {"learning_rate": -1}, "learning_rate is -1: choose a number from 1e-12"),
     "seed": ("BPR", {"seed": -1}, "seed is -1: choose a whole number from 0"),
     "log": ("BPR", {"state": "loud"}, "state is 'loud': choose one of debug, info"),
     "clipping": ("STARRec", {"clip_grad_norm": {"norm": 5}}, "clip_grad_norm"),
@@ -118,6 +118,34 @@ REFUSED = {
     "memory": ("STARRec", {"hidden_size": 10**9}, "hidden_size is 1000000000: choose a whole number from 1 to 65536"),
     "huge": ("BPR", {"train_batch_size": 10**30}, "choose a whole number from 1"),
     "loss of SASRec": ("SASRec", {"loss_type": "gBCE"}, "loss_type is 'gBCE': choose one of CE, BPR"),
+    "saved loaders": ("STARRec", {"save_dataloaders": True}, "leave save_dataloaders out"),
+    "saved loaders to read": ("STARRec", {"dataloaders_save_path": "x.pth"}, "dataloaders_save_path is 'x.pth'"),
+    "fewer candidates than a list": ("STARRec", {"eval_args": {"mode": "uni5"}}, r"topk is \[10\], but the mode of"),
+    "bigger is better": ("BPR", {"valid_metric_bigger": False}, "more of MRR@10 is better"),
+    "one name for two": ("STARRec", {"LABEL_FIELD": "item_id"}, "LABEL_FIELD and ITEM_ID_FIELD are both item_id"),
+    "no name": ("BPR", {"USER_ID_FIELD": " "}, "USER_ID_FIELD is ' ': choose a word"),
+    "no folder": ("BPR", {"checkpoint_dir": ""}, "checkpoint_dir is '': choose a word"),
+    "no separator": ("BPR", {"seq_separator": ""}, "seq_separator is '': choose what stands between"),
+    "saved loaders by number": ("BPR", {"save_dataloaders": 0}, "save_dataloaders is 0: choose False"),
+    "GPU of that number": ("BPR", {"gpu_id": 2**31}, "gpu_id is 2147483648: choose numbers such as"),
+    "GPUs": ("BPR", {"gpu_id": "0;1"}, "gpu_id is '0;1': choose numbers such as"),
+    "no features": ("BPR", {"numerical_features": None}, "numerical_features is None: choose a list"),
+    "no threshold": ("BPR", {"threshold": {}}, "threshold is {}: choose a dict of one column"),
+    "no epsilon": ("SASRec", {"layer_norm_eps": 0}, "layer_norm_eps is 0: choose a number above 0 to 1"),
+    "none of them": (
+        "BPR",
+        {"train_neg_sample_args": {"sample_num": "none"}},
+        "sample_num of train_neg_sample_args is none",
+    ),
+    "pairs": ("BPR", {"train_neg_sample_args": None}, "BPR compares items with negatives"),
+    "huge and of no schema": ("BPR", {"depth": 10**400}, "depth is an integer of more than 64 bits"),
+    "layers of NARM": ("NARM", {"n_layers": 0}, "n_layers is 0: choose a whole number from 1"),
+    "size of BPR": ("BPR", {"embedding_size": "a b"}, "embedding_size is 'a b': choose a whole number from 1"),
+    "dropout of BERT4Rec": ("BERT4Rec", {"hidden_dropout_prob": 1}, "hidden_dropout_prob is 1: choose a number from 0"),
+    "initial weights": ("SASRec", {"initializer_range": 1e-320}, "initializer_range is 1e-320: choose a number from"),
+    "decay": ("BPR", {"weight_decay": 1e308}, "weight_decay is 1e\\+308: choose a number from 0 to 1000"),
+    "loss of NARM": ("NARM", {"loss_type": "softmax"}, "loss_type is 'softmax': choose one of CE, BPR"),
+    "a list for a loss": ("GRU4Rec", {"loss_type": [None]}, r"loss_type is \[None\]: choose one of CE, BPR"),
     # What nobody would look at.
     "transform": ("STARRec", {"transform": "crop_itemseq"}, "STARRec reads no transform: leave it out"),
     "transform of rows": (
@@ -126,6 +154,8 @@ REFUSED = {
         "STARRec reads no transform",
     ),
     "transform of BERT4Rec": ("BERT4Rec", {"transform": "crop_itemseq"}, "BERT4Rec reads transform mask_itemseq alone"),
+    "loss of BPR": ("BPR", {"loss_type": "CE"}, "BPR reads no loss_type: leave it out"),
+    "a number for a switch": ("BPR", {"exclude_history": 0}, "BPR reads no exclude_history: leave it out"),
     "smoothing": ("SASRec", {"label_smoothing": 0.1}, "SASRec reads no label_smoothing: leave it out"),
     "temperature": ("BPR", {"temperature": 0.1}, "BPR reads no temperature: leave it out"),
     "time gaps": ("SASRec", {"use_time_gaps": True}, "SASRec reads no use_time_gaps: leave it out"),
@@ -152,6 +182,17 @@ ACCEPTED = {
     "whole number for a number": ("STARRec", {"dropout_prob": 0, "learning_rate": 1}),
     "capitals": ("BPR", {"learner": "Adam", "state": "Warning", "metrics": ["ndcg"], "valid_metric": "NDCG@10"}),
     "GPUs": ("BPR", {"gpu_id": (0, 1)}),
+    "GPUs by name": ("BPR", {"gpu_id": "0, GPU-3a-4f"}),
+    "no GPU": ("BPR", {"gpu_id": -1}),
+    "less is better": (
+        "BPR",
+        {
+            "metrics": ["LogLoss"],
+            "valid_metric": "LogLoss",
+            "valid_metric_bigger": False,
+            "eval_args": {"mode": "uni9"},
+        },
+    ),
     "one metric": ("STARRec", {"metrics": "NDCG", "topk": 10}),
     "of a whole list": ("STARRec", {"metrics": ["GAUC"], "valid_metric": "gauc"}),
     "of scores": ("SASRec", {"metrics": ["AUC"], "valid_metric": "AUC", "eval_args": {"mode": "uni100"}}),
@@ -172,6 +213,64 @@ def test_accepted(model, settings):
 def test_settings_of_other_models_stay_free_and_are_told_of(model, caplog):
     assert Config(model, "mine", config_dict={"depth": -1})["depth"] == -1
     assert "depth stands in no property file" in caplog.text
+
+
+READ_BY_OTHERS = {
+    "histories": ("BPR", {"MAX_ITEM_LIST_LENGTH": 5}),
+    "graphs": ("STARRec", {"alias_of_entity_id": ["x"]}),
+    "powers": ("SASRec", {"require_pow": True}),
+    "nobody": ("SASRec", {"POSITION_FIELD": "place"}),
+}
+
+
+@pytest.mark.parametrize(("model", "settings"), READ_BY_OTHERS.values(), ids=READ_BY_OTHERS)
+def test_common_settings_that_a_model_does_not_read_are_told_of(model, settings, caplog):
+    Config(model, "mine", config_dict=settings)
+    assert f"{next(iter(settings))} is " in caplog.text
+    assert f"which {model} does not read" in caplog.text
+
+
+def test_common_settings_that_a_model_reads_are_not_told_of(caplog):
+    Config("LightGCN", "mine", config_dict={"require_pow": True})
+    Config("SASRec", "mine", config_dict={"MAX_ITEM_LIST_LENGTH": 5})
+    assert not caplog.text
+
+
+COLUMNS = {
+    "unused table": ({"unused_col": {"item": ["x"]}}, "unused_col names the suffix 'item', of which no file is read"),
+    "features": ({"additional_feat_suffix": ["x"]}, r"additional_feat_suffix: \['x'\]"),
+    "saved": ({"dataset_save_path": "x.pth"}, "dataset_save_path is x.pth, and there is no such file"),
+    "parts": ({"benchmark_filename": ["a", "b", "c"]}, "or change benchmark_filename"),
+    "separator": ({"field_separator": "::"}, r"separated by '::' \(field_separator\)"),
+    "time": ({"threshold": {"timestamp": 3}}, "threshold: {'timestamp': 3}"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), COLUMNS.values(), ids=COLUMNS)
+def test_settings_that_do_not_fit_the_files_are_named(settings, message):
+    write_dataset("tiny", random_rows())
+    with pytest.raises(UserError, match=message) as refusal:
+        build("Mamba4Rec", **settings)
+    assert "\n" not in str(refusal.value)
+
+
+def test_columns_that_are_not_there_are_told_of(caplog):
+    write_dataset("tiny", random_rows())
+    names = {"inter": ["user_id", "item_id", "timestamp", "x"], "item": "*"}
+    create_dataset(small_config("Mamba4Rec", load_col=names, seq_len={"item_id": 3}, state="WARNING"))
+    for words in (
+        "load_col names x, which the .inter",
+        "suffix 'item', of which",
+        "seq_len names item_id, which is no",
+    ):
+        assert words in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"n_experts": 1}, {"experts_per_token": 1}], ids=str)
+def test_a_single_expert_trains(settings):
+    """It is like no other, so that the diversity term is a constant, which has no gradient."""
+    write_dataset("tiny", random_rows())
+    assert train_and_test(small_config("STARRec", epochs=1, **settings)).result["test_result"]
 
 
 @pytest.mark.parametrize("dataset", ["ml-100k", "mine"])

@@ -9,7 +9,7 @@ import yaml
 from recbole_ssm.cli.run_recbole import build_parser
 from recbole_ssm.config import properties_dir
 from recbole_ssm.settings.models import OUR_MODELS
-from recbole_ssm.settings.text import TABLES, property_files, shared, with_tables
+from recbole_ssm.settings.text import TABLES, allowed, default, property_files, shared, with_tables
 
 REMEDY = "run python -m recbole_ssm.settings, which writes it from the schema"
 FILES = property_files(properties_dir())
@@ -41,8 +41,21 @@ def test_docs():
 
 
 def test_help():
-    words = build_parser().format_help()
-    for _, names in TABLES.values():
+    """It gives each setting's default, meaning and values, whatever the lines are wrapped to."""
+    words = " ".join(build_parser().format_help().split())
+    for schema, names in TABLES.values():
         for name in names:
-            assert f"\n  --{name}=" in words
-    assert "--d_conv=4\n      Local convolution width. Values: a whole number from 1 to 8." in words
+            field = schema.model_fields[name]
+            said = f"--{name}={default(field)} {field.description} Values: {allowed(field)}."
+            assert " ".join(said.split()) in words
+    assert "--d_conv=4 Local convolution width. Values: a whole number from 1 to 8." in words
+
+
+def test_all_three_follow_the_schema(monkeypatch):
+    monkeypatch.setattr(OUR_MODELS["Mamba4Rec"].model_fields["d_conv"], "description", "Another meaning.")
+    monkeypatch.setattr(OUR_MODELS["Mamba4Rec"].model_fields["d_conv"], "default", 3)
+    file = property_files(properties_dir())[properties_dir() / "model" / "Mamba4Rec.yaml"]
+    assert re.search(r"^d_conv: 3 +# \(int\) Another meaning\.", file, re.MULTILINE)
+    page = with_tables(PAGE.read_text(encoding="utf-8"))
+    assert "| `d_conv` | `3` | a whole number from 1 to 8 | Another meaning. |" in page
+    assert "--d_conv=3 Another meaning. Values:" in " ".join(build_parser().format_help().split())
