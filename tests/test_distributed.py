@@ -135,12 +135,12 @@ def test_two_processes_go_on_as_if_they_had_not_ended(two_processes):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
-def test_shares_are_disjoint_and_whole(count, monkeypatch):
+def test_shards_are_disjoint_and_whole(count, monkeypatch):
     rows, taken = list(range(count)), []
     monkeypatch.setattr(together, "world_size", lambda: 3)
     for number in range(3):
         monkeypatch.setattr(together, "rank", lambda number=number: number)
-        own = together.share(rows)
+        own = together.shard(rows)
         assert own  # a process without a row could not take part
         taken += own[: together.own_rows(count)]
     assert sorted(taken) == rows

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.negatives import check_shares
 from recbole_ssm.data.sequence_dataset import SequenceDataset
-from recbole_ssm.distributed import own_rows, share, world_size
+from recbole_ssm.distributed import own_rows, shard, world_size
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 
 
@@ -51,7 +51,7 @@ def cut_windows(
 class SequenceDataLoader(DataLoader):
     """Batches of windows of users' training histories with about ``train_batch_size`` targets each.
 
-    Where several processes train together, each gathers its share of every batch's windows.
+    Where several processes train together, each gathers its shard of every batch's windows.
 
     A target at position ``p + 1`` is predicted at ``p``. Epoch ``e`` depends on the seed and ``e`` alone, so a
     resumed run sees what an uninterrupted one would.
@@ -117,8 +117,8 @@ class SequenceDataLoader(DataLoader):
         return self._targets_before[windows[:, 2] + 1] - self._targets_before[windows[:, 1] + 1]
 
     def collate(self, windows: np.ndarray) -> SequenceBatch:
-        """Gather this process's share of the windows ``[W, 3]`` of one batch."""
-        whole, windows = windows, share(windows)
+        """Gather this process's shard of the windows ``[W, 3]`` of one batch."""
+        whole, windows = windows, shard(windows)
         weight = self._targets_of(windows).sum() * world_size() / self._targets_of(whole).sum()
         if not own_rows(len(whole)):
             weight = 0.0

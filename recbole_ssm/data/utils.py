@@ -15,7 +15,7 @@ from recbole_ssm.data.negatives import check_loader
 from recbole_ssm.data.saved import load_dataset, made_by, save_dataset
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.data.sequence_loader import SequenceDataLoader
-from recbole_ssm.distributed import share_batches, world_size
+from recbole_ssm.distributed import shard_batches, world_size
 from recbole_ssm.errors import UserError
 
 # Scores that exist at a time in full ranking, on a CPU and on a GPU; RecBole's metrics make some copies of them.
@@ -109,13 +109,13 @@ def data_preparation(config, dataset):
         ) from error
     if config["train_mode"] != "sequence":
         check_loader(config, train_data, config["train_neg_sample_args"])
-        share_batches(train_data)
+        shard_batches(train_data)
     for phase, data in zip(("valid", "test"), eval_data, strict=True):
         check_loader(config, data, config[f"{phase}_neg_sample_args"])
     if config["exclude_history"]:
         _check_exclusion(config, dataset)
         eval_data = [UnseenItemsDataLoader(config, data._dataset, data._sampler) for data in eval_data]
-    return train_data, *(share_batches(data) for data in eval_data)
+    return train_data, *(shard_batches(data) for data in eval_data)
 
 
 def _loaders(config, dataset):

@@ -13,8 +13,8 @@ from recbole_ssm.distributed.processes import (
     own_rows,
     rank,
     same_weights,
-    share,
-    share_batches,
+    shard,
+    shard_batches,
     surplus_rows,
     weight_of,
     world_size,
@@ -22,5 +22,5 @@ from recbole_ssm.distributed.processes import (
 
 __all__ = [
     "LOOPBACK", "MergedEvaluator", "from_all", "mean_over_processes", "meet_on_this_machine", "own_rows", "rank",
-    "same_weights", "share", "share_batches", "surplus_rows", "weight_of", "world_size",
+    "same_weights", "shard", "shard_batches", "surplus_rows", "weight_of", "world_size",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Several processes train one model together: shares of a batch, and what all must agree on.
+"""Several processes train one model together: shards of a batch, and what all must agree on.
 
 Every process goes through the same batches as one process alone would, and takes every so-many-th row of each. Losses
-are means over rows, so a process's counts by its share of them (:func:`weight_of`); gradients are averaged by torch's
-DistributedDataParallel. RecBole's own ways for several processes, which double rows and average metrics, stay off: to
-RecBole each process is one alone (``single_spec``).
+are means over rows, so a process's counts by its shard's part of them (:func:`weight_of`); gradients are averaged by
+torch's DistributedDataParallel. RecBole's own ways for several processes, which double rows and average metrics, stay
+off: to RecBole each process is one alone (``single_spec``).
 """
 
 import os
@@ -69,7 +69,7 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def share(rows: Any) -> Any:
+def shard(rows: Any) -> Any:
     """This process's rows of a batch that all processes see; the first row where there are fewer than processes.
 
     A row that is taken for want of an own one must not count: see :func:`own_rows`.
@@ -83,15 +83,15 @@ def own_rows(count: int) -> int:
     return len(range(rank(), count, world_size()))
 
 
-def share_batches(loader: Any) -> Any:
-    """Let a loader of RecBole's gather this process's share of each batch alone; returns it."""
+def shard_batches(loader: Any) -> Any:
+    """Let a loader of RecBole's gather this process's shard of each batch alone; returns it."""
     if world_size() > 1:
-        loader.collate_fn = partial(_collate_share, loader.collate_fn)
+        loader.collate_fn = partial(_collate_shard, loader.collate_fn)
     return loader
 
 
-def _collate_share(collate: Callable[[Any], Any], index: list[int]) -> Any:
-    batch = collate(share(index))
+def _collate_shard(collate: Callable[[Any], Any], index: list[int]) -> Any:
+    batch = collate(shard(index))
     weight = own_rows(len(index)) * world_size() / len(index)
     if not isinstance(batch, tuple):
         batch.weight = weight
@@ -99,7 +99,7 @@ def _collate_share(collate: Callable[[Any], Any], index: list[int]) -> Any:
 
 
 def weight_of(batch: Any) -> float:
-    """How much this process's share of a batch weighs: its part of the batch's rows times the number of processes.
+    """How much this process's shard of a batch weighs: its part of the batch's rows times the number of processes.
 
     Looked up among what a batch was given itself: an Interaction of RecBole's answers for a missing attribute with the
     column of that name.
@@ -146,6 +146,6 @@ class MergedEvaluator:
 
 
 def surplus_rows(loader: Any) -> int:
-    """How many of the last rows that this process gathers from a loader are not its own (see :func:`share`)."""
+    """How many of the last rows that this process gathers from a loader are not its own (see :func:`shard`)."""
     last_batch = loader.sample_size % loader.step or loader.step
     return 0 if own_rows(last_batch) else 1

@@ -121,8 +121,8 @@ class Mamba2(nn.Module):
         y = y + self.D[:, None] * x_first
         for distance, convolved in enumerate(own):
             x, B, _ = self._split(convolved)
-            share = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
-            y = y + share[..., None] * x
+            product = weight_before(distance) * (B * C.to(weight.dtype)).sum(-1, keepdim=True)
+            y = y + product[..., None] * x
         sequence = select_rows(sequence_ids(cu_seqlens), read)
         return self.out_proj(self._gate(select_rows(y, read).to(xBC.dtype), z.index_select(0, sequence)))
 
