@@ -173,6 +173,8 @@ def test_a_dead_process_ends_the_job_with_its_reason_and_the_job_can_go_on():
         for line in job.stdout:
             if "Saving current" in line:
                 break
+        while not list(Path("saved").glob("*.pth")):  # written a moment later
+            time.sleep(0.01)
         waiting = [listening(worker) for worker in workers]
         os.kill(workers[1].pid, signal.SIGKILL)
         told, _ = job.communicate(timeout=60)

@@ -89,8 +89,8 @@ class Peer:
             "learning_rate": config["learning_rate"],
         }  # fmt: skip
         # Another environment's packages are none of this one's.
-        inherited = [os.environ["PYTHONPATH"]] * (python == sys.executable and "PYTHONPATH" in os.environ)
-        path = os.pathsep.join([str(ROOT), *inherited])
+        inherited = os.environ.get("PYTHONPATH") if python == sys.executable else None
+        path = os.pathsep.join(filter(None, [str(ROOT), inherited]))
         self._log = Path(self._folder.name, "log")
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
