@@ -88,7 +88,7 @@ def test_every_contender_trains_at_its_own_best_batch(monkeypatch, quick_search)
         assert [at["batch"] for at in rows[name]["search"]] == [4, 8, 16]
         assert (rows[name]["batch_of"], rows[name]["train_batch_size"], rows[name]["parameters"]) == (
             "sequences",
-            8,
+            16,
             34,
         )
         assert part["settings"][name].startswith(torch.__version__)
