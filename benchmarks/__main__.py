@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, experiments, gpu, history, ops, profile, search, speed
+from benchmarks import accuracy, experiments, gpu, history, ops, profile, search, serving, speed
 from recbole_ssm.errors import UserError
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
     experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
     search.add_arguments(commands.add_parser("search", help="trials side by side against one after the other"))
+    serving.add_arguments(commands.add_parser("serving", help="one more event, and answers to it"))
     gpu.add_arguments(
         commands.add_parser("gpu", help="all that a machine with a GPU is needed for, in parts of minutes")
     )

@@ -61,7 +61,7 @@ def _replace(path: Path, state: dict[str, Any]) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_SCRATCH}")
     try:
         with os.fdopen(handle, "w+b") as file:
-            _lock(file)
+            lock(file)
             torch.save({"format": FORMAT, **_encode(state)}, file)
             file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
             file.write(_COMMENT_LENGTH.pack(_COMMENT_SIZE))
@@ -152,7 +152,7 @@ def _digest(file: IO[bytes], size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes]) -> bool:
     """Hold a file until it is closed, or this process ends however; returns whether nobody else does."""
     if fcntl is None:
         return True
@@ -170,7 +170,7 @@ def _sweep(folder: Path) -> None:
             with scratch.open("rb") as file:
                 found = os.fstat(file.fileno())
                 # A new one that is empty may be about to be locked.
-                abandoned = _lock(file) and (found.st_size > 0 or time.time() - found.st_mtime > SECONDS_TO_LOCK)
+                abandoned = lock(file) and (found.st_size > 0 or time.time() - found.st_mtime > SECONDS_TO_LOCK)
             if abandoned:
                 scratch.unlink()
 

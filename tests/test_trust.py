@@ -209,7 +209,7 @@ def test_what_a_killed_save_left_is_swept(written, monkeypatch):
 def test_what_another_process_writes_is_not_swept():
     handle, name = tempfile.mkstemp(dir=".", prefix=".y.pth.saving-")
     with os.fdopen(handle, "wb") as file:
-        assert checkpoint_module._lock(file)
+        assert checkpoint_module.lock(file)
         file.write(b"half")
         file.flush()
         save_checkpoint("x.pth", {})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
-from recbole_ssm.ops.packing import select_rows
+from recbole_ssm.ops.packing import select_rows, single_rows
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -119,6 +119,35 @@ class Mamba(nn.Module):
             x_read = select_rows(x, read)
         return self.out_proj((y + self.D * x_read) * F.silu(z))
 
+    def initial_state(self, count: int) -> dict[str, Tensor]:
+        """What :meth:`carry` starts ``count`` sequences with: all zeros."""
+        d_inner, taps = len(self.conv.weight), self.conv.weight.shape[2]
+        new = self.D.new_zeros
+        return {"conv": new(count, d_inner, taps - 1), "ssm": new(count, d_inner, self.d_state)}
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """More rows of each sequence, after those that ``state`` has seen; for inference.
+
+        Args:
+            x: ``[T, d_model]``.
+            cu_seqlens: borders of the new rows, int32 ``[S+1]``; one row of each sequence where absent.
+            state: ``conv [S, d_inner, d_conv-1]``, the rows before for the convolution, and ``ssm [S, d_inner, N]``.
+
+        Returns:
+            ``[T, d_model]`` and the state after these rows.
+        """
+        cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
+        settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True, "backend": self.backend}
+        x, z = self.in_proj(x).chunk(2, -1)
+        weight = self.conv.weight.flatten(1)
+        x, conv = causal_conv(x, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, ssm = selective_scan(
+            x, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C,
+            dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=state["ssm"], **settings,
+        )  # fmt: skip
+        return self.out_proj((y + self.D * x) * F.silu(z)), {"conv": conv, "ssm": ssm}
+
     def _convolve(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         weight = self.conv.weight.flatten(1)
         return causal_conv(x, weight, self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
@@ -159,3 +188,12 @@ class MambaLayer(nn.Module):
         if self.stacked:
             hidden = hidden + select_rows(x, read)
         return self.norm(hidden)
+
+    def initial_state(self, count: int) -> dict[str, Tensor]:
+        """See :meth:`Mamba.initial_state`."""
+        return self.mamba.initial_state(count)
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Mamba.carry`."""
+        hidden, state = self.mamba.carry(x, cu_seqlens, state)
+        return self.norm(hidden + x if self.stacked else hidden), state

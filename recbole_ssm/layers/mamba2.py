@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus, keep_from_weight_decay
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
-from recbole_ssm.ops.packing import positions, select_rows, sequence_ids
+from recbole_ssm.ops.packing import positions, select_rows, sequence_ids, single_rows
 from recbole_ssm.ops.scan_arguments import step_sizes
 
 
@@ -79,6 +79,29 @@ class Mamba2(nn.Module):
         if last:
             return self._gate(ssd_last(x, dt, self._rates(), B[:, None], select_rows(C, read)[:, None], **settings), z)
         return self._gate(select_rows(ssd(x, dt, self._rates(), B[:, None], C[:, None], **settings), read), z)
+
+    def initial_state(self, count: int) -> dict[str, Tensor]:
+        """What :meth:`carry` starts ``count`` sequences with: all zeros."""
+        width, _, taps = self.conv.weight.shape
+        new = self.D.new_zeros
+        return {"conv": new(count, width, taps - 1), "ssm": new(count, len(self.D), self.headdim, self.d_state)}
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`recbole_ssm.layers.Mamba.carry`.
+
+        The state is ``conv [S, H P + 2 N, d_conv-1]`` and ``ssm [S, H, P, N]``.
+        """
+        cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
+        settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True, "backend": self.backend}
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, *self._widths], dim=-1)
+        weight = self.conv.weight.squeeze(1)
+        xBC, conv = causal_conv(xBC, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
+        x, B, C = self._split(xBC)
+        y, ssm = ssd(
+            x, dt, self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
+            initial_state=state["ssm"], **settings,
+        )  # fmt: skip
+        return self.out_proj(self._gate(y, z)), {"conv": conv, "ssm": ssm}
 
     def read_prefixes_in_reverse(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None) -> Tensor:
         """The block's last output over each prefix of each sequence, read from its end to its beginning, in one pass.

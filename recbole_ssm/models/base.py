@@ -1,6 +1,8 @@
 """What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,37 @@ class PackedRecommender(SequentialRecommender):
 
         Returns:
             ``[T, d]`` or ``[R, d]``.
+        """
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> bool:
+        """Whether one more item costs the same whatever came before: :meth:`prefill` and :meth:`step` are there."""
+        return False
+
+    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states of packed sequences, and the states that :meth:`step` goes on from; for inference.
+
+        Sequences may be longer than ``MAX_ITEM_LIST_LENGTH``: see :mod:`recbole_ssm.serving.state`.
+
+        Args:
+            items: see :meth:`encode`.
+            cu_seqlens: see there.
+
+        Returns:
+            ``[T, d]``, and tensors by name, each ``[S, ...]``.
+        """
+        raise NotImplementedError
+
+    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One more item of each of ``S`` sequences; for inference.
+
+        Args:
+            items: int64 ``[S]``; with ``use_time_gaps`` ``[S, 2]``.
+            state: as of :meth:`prefill`; it is left as it is.
+
+        Returns:
+            Hidden states ``[S, d]``, and the states after these items.
         """
         raise NotImplementedError
 
@@ -235,3 +268,14 @@ def init_weights(module: nn.Module) -> None:
     # A Mamba block's step sizes start where its paper puts them; Module.apply visits children before their parent.
     if isinstance(module, Mamba):
         module.reset_parameters()
+
+
+def by_layer(state: dict[str, Tensor], layer: int | str) -> dict[str, Tensor]:
+    """What a layer keeps of a model's state, whose names begin with the layer's."""
+    prefix = f"{layer}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def of_layers(states: Mapping[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A model's state of its layers', the inverse of :func:`by_layer`."""
+    return {f"{layer}.{name}": value for layer, state in states.items() for name, value in state.items()}

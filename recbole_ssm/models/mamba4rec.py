@@ -4,10 +4,12 @@ Section 3.2: item embedding, dropout, LayerNorm. Section 3.3: Mamba layers (resi
 by a feed-forward network. Section 3.4: scores are inner products with the item embeddings.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, MambaLayer
-from recbole_ssm.models.base import PackedRecommender, init_weights
+from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 
 
 class Mamba4Rec(PackedRecommender):
@@ -36,3 +38,27 @@ class Mamba4Rec(PackedRecommender):
         for i, (mamba, feed_forward) in enumerate(zip(self.mamba_layers, self.feed_forwards, strict=True)):
             hidden = feed_forward(mamba(hidden, cu_seqlens, *((read, last) if i == final else ())))
         return hidden
+
+    @property
+    def steps(self) -> bool:
+        """See :attr:`PackedRecommender.steps`."""
+        return True
+
+    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.prefill`."""
+        layers: Any = self.mamba_layers
+        return self._carry(items, cu_seqlens, [layer.initial_state(len(cu_seqlens) - 1) for layer in layers])
+
+    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.step`."""
+        states = [by_layer(state, i) for i in range(len(self.mamba_layers))]
+        return self._carry(items, None, states)
+
+    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+        hidden = self.norm(self.item_embedding(items))
+        after: dict[int, dict[str, Tensor]] = {}
+        blocks: Any = zip(self.mamba_layers, self.feed_forwards, strict=True)
+        for i, (mamba, feed_forward) in enumerate(blocks):
+            hidden, after[i] = mamba.carry(hidden, cu_seqlens, states[i])
+            hidden = feed_forward(hidden)
+        return hidden, of_layers(after)

@@ -7,13 +7,14 @@ position-wise feed-forward network. The last position's state scores the items (
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
-from recbole_ssm.models.base import PackedRecommender, init_weights
+from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
 
@@ -128,6 +129,32 @@ class SSD4Rec(PackedRecommender):
         for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens, streams=streams)
         return self.layers[-1](hidden, cu_seqlens, read, last, streams)
+
+    @property
+    def steps(self) -> bool:
+        """See :attr:`PackedRecommender.steps`; what comes later changes nothing that a causal one has read."""
+        return self.var_len and not self.bidirectional
+
+    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.prefill`."""
+        layers: Any = self.layers
+        return self._carry(items, cu_seqlens, [layer.mamba.initial_state(len(cu_seqlens) - 1) for layer in layers])
+
+    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.step`."""
+        states = [by_layer(state, i) for i in range(len(self.layers))]
+        return self._carry(items, None, states)
+
+    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+        hidden = self.item_embedding(items)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        after: dict[int, dict[str, Tensor]] = {}
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
+            scanned, after[i] = layer.mamba.carry(hidden, cu_seqlens, states[i])
+            hidden = layer.feed_forward(layer.norm(scanned + hidden))
+        return hidden, of_layers(after)
 
     def items_read(self, item_seq_len: Tensor) -> Tensor:
         """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""

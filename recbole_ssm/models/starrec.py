@@ -5,14 +5,16 @@ state-space path in parallel. Eq. 3: adaptive fusion. Section 3.1.5: a sequence-
 docs/models.md gives the equations and says where this differs from the paper's released code.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
-from recbole_ssm.models.base import PackedRecommender, init_weights
-from recbole_ssm.ops.packing import positions, select_rows
+from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
 
 
 class DualPathLayer(nn.Module):
@@ -63,6 +65,33 @@ class DualPathLayer(nn.Module):
             self.attention(x, item_embedding, cu_seqlens, read, last), self.ssm(x, cu_seqlens, read, last)
         )
 
+    def prefill(
+        self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, length: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PreferenceAwareAttention.prefill`."""
+        outputs, states = [], {}
+        if self.use_pma:
+            output, states["attention"] = self.attention.prefill(x, item_embedding, cu_seqlens, length)
+            outputs.append(output)
+        if self.use_ssm:
+            output, states["ssm"] = self.ssm.carry(x, cu_seqlens, self.ssm.initial_state(len(cu_seqlens) - 1))
+            outputs.append(output)
+        return self.fused(*outputs) if len(outputs) == 2 else outputs[0], of_layers(states)
+
+    def step(
+        self, x: Tensor, item_embedding: Tensor, position: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PreferenceAwareAttention.step`."""
+        outputs, states = [], {}
+        if self.use_pma:
+            kept = by_layer(state, "attention")
+            output, states["attention"] = self.attention.step(x, item_embedding, position, kept)
+            outputs.append(output)
+        if self.use_ssm:
+            output, states["ssm"] = self.ssm.carry(x, None, by_layer(state, "ssm"))
+            outputs.append(output)
+        return self.fused(*outputs) if len(outputs) == 2 else outputs[0], of_layers(states)
+
     def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""
         if self.fusion_gate is None:
@@ -107,18 +136,53 @@ class STARRec(PackedRecommender):
         """See :meth:`PackedRecommender.encode`."""
         ids = items[:, 0] if self.use_time_gaps else items
         item_embedding = self.item_embedding(ids)
-        hidden = item_embedding
-        if self.position_embedding is not None:
-            hidden = hidden + self.position_embedding(positions(cu_seqlens))
-        if self.time_gap_embedding is not None:
-            hidden = hidden + self.time_gap_embedding(items[:, 1])
-        hidden = self.norm(self.dropout(hidden))
+        hidden = self._input(items, item_embedding, positions(cu_seqlens))
         if self.mixture is not None and self.routes_positions:
             mixed = self.mixture(hidden)
             hidden, self._mixed = mixed.output, mixed if self.training else None
         for layer in self.layers[:-1]:
             hidden = layer(hidden, item_embedding, cu_seqlens)
         return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
+
+    def _input(self, items: Tensor, item_embedding: Tensor, position: Tensor) -> Tensor:
+        """What the first layer reads (section 3.1.1), ``[T, d]``."""
+        hidden = item_embedding
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(position)
+        if self.time_gap_embedding is not None:
+            hidden = hidden + self.time_gap_embedding(items[:, 1])
+        return self.norm(self.dropout(hidden))
+
+    @property
+    def steps(self) -> bool:
+        """See :attr:`PackedRecommender.steps`."""
+        return True
+
+    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.prefill`."""
+        hidden, item_embedding = self._start(items, positions(cu_seqlens).clamp_max(self.max_seq_length - 1))
+        states: dict[int, dict[str, Tensor]] = {}
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
+            hidden, states[i] = layer.prefill(hidden, item_embedding, cu_seqlens, self.max_seq_length)
+        return hidden, {"position": sequence_lengths(cu_seqlens), **of_layers(states)}
+
+    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.step`."""
+        position = state["position"]
+        hidden, item_embedding = self._start(items, position.clamp_max(self.max_seq_length - 1))
+        states: dict[int, dict[str, Tensor]] = {}
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
+            hidden, states[i] = layer.step(hidden, item_embedding, position, by_layer(state, i))
+        return hidden, {"position": position + 1, **of_layers(states)}
+
+    def _start(self, items: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        item_embedding = self.item_embedding(items[:, 0] if self.use_time_gaps else items)
+        hidden = self._input(items, item_embedding, position)
+        if self.mixture is not None and self.routes_positions:
+            hidden = self.mixture(hidden).output
+        return hidden, item_embedding
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """The mixture of experts, or ``hidden`` itself where there is none here."""

@@ -1,0 +1,139 @@
+"""Histories as they come (lists, a DataFrame, an Arrow table) and as models read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from recbole_ssm.data.sequence_dataset import time_gaps
+from recbole_ssm.errors import UserError
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths
+from recbole_ssm.serving.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Histories:
+    """``N`` histories laid end to end, oldest item first.
+
+    Attributes:
+        items: ids, int64 ``[T]``; none is 0.
+        lengths: int64 ``[N]``.
+        gaps: time gaps before each (:func:`~recbole_ssm.data.sequence_dataset.time_gaps`), int64 ``[T]``, or none.
+        times: of each item, float64 ``[T]``, where they are known.
+    """
+
+    items: np.ndarray
+    lengths: np.ndarray
+    gaps: np.ndarray | None = None
+    times: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which history each item is of, int64 ``[T]``."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def latest(self, count: int) -> "Histories":
+        """At most ``count`` latest items of each."""
+        if not len(self) or self.lengths.max() <= count:
+            return self
+        from_end = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(self.items))
+        kept = from_end <= count
+        gaps, times = (column if column is None else column[kept] for column in (self.gaps, self.times))
+        return Histories(self.items[kept], np.minimum(self.lengths, count), gaps, times)
+
+    def take(self, which: np.ndarray) -> "Histories":
+        """The histories ``which`` (integer ``[M]``), in that order."""
+        end = np.cumsum(self.lengths)
+        begin, lengths = (end - self.lengths)[which], self.lengths[which]
+        place = np.arange(lengths.sum()) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
+        gaps, times = (column if column is None else column[place] for column in (self.gaps, self.times))
+        return Histories(self.items[place], lengths, gaps, times)
+
+    def cu_seqlens(self) -> Tensor:
+        """Borders, int32 ``[N+1]``."""
+        return cu_seqlens_from_lengths(torch.from_numpy(self.lengths))
+
+    def inputs(self) -> Tensor:
+        """What a model's ``encode`` takes: ids ``[T]``, or with gaps ``[T, 2]``."""
+        items = torch.from_numpy(self.items)
+        return items if self.gaps is None else torch.stack([items, torch.from_numpy(self.gaps)], -1)
+
+
+def read_histories(
+    given: Any, vocabulary: Vocabulary, time_field: str, times: Any = None, wants_gaps: bool = False
+) -> tuple[Histories, Any]:
+    """Histories of item tokens; unknown items are left out.
+
+    Args:
+        given: a list of lists of tokens, or a DataFrame or Arrow table of interactions with RecBole's columns of users,
+            items and perhaps times. Interactions are ordered by time (ties as they come) where there is one.
+        vocabulary: of the model.
+        time_field: name of the column of times.
+        times: with lists, of their items.
+        wants_gaps: whether the model reads time gaps.
+
+    Returns:
+        The histories, and the users that they are of where ``given`` names them: in the order in which they come.
+
+    Raises:
+        UserError: for a missing column, times that are missing or do not fit, or anything but these kinds.
+    """
+    if hasattr(given, "to_pandas") and not isinstance(given, pd.DataFrame):
+        given = given.to_pandas()
+    users = None
+    if isinstance(given, pd.DataFrame):
+        for field in (vocabulary.uid_field, vocabulary.iid_field):
+            if field not in given.columns:
+                raise UserError(f"the table has no column {field!r}: it has {', '.join(map(str, given.columns))}.")
+        group, users = pd.factorize(given[vocabulary.uid_field], use_na_sentinel=False)
+        when = given[time_field].to_numpy(dtype=np.float64) if time_field in given.columns else None
+        order = np.argsort(group, kind="stable") if when is None else np.lexsort((when, group))
+        tokens, rows = given[vocabulary.iid_field].iloc[order], group[order]
+        when = when if when is None else when[order]
+        count = len(users)
+    elif isinstance(given, Sequence) and not isinstance(given, str):
+        if not all(isinstance(one, Sequence | np.ndarray) and not isinstance(one, str) for one in given):
+            raise UserError("sequences are lists of items, one list a history; of a single one write [history].")
+        count = len(given)
+        rows = np.repeat(np.arange(count), [len(one) for one in given])
+        tokens = [token for one in given for token in one]
+        when = None
+        if times is not None:
+            when = np.array([time for one in times for time in one], dtype=np.float64)
+            if len(times) != count or [len(one) for one in times] != [len(one) for one in given]:
+                raise UserError("times are to be lists of as many times as there are items.")
+    else:
+        raise UserError(f"sequences are lists of items, a DataFrame or an Arrow table, not {type(given).__name__}.")
+    if when is not None and not np.isfinite(when).all():
+        raise UserError("a time is no finite number.")
+    if wants_gaps and when is None:
+        raise UserError(f"this model reads the time of each item: give times, or a column {time_field!r}.")
+    ids = vocabulary.ids(tokens) if len(rows) else np.zeros(0, np.int64)
+    return histories_of(ids, rows, count, when, wants_gaps), users
+
+
+def histories_of(
+    ids: np.ndarray, rows: np.ndarray, count: int, times: np.ndarray | None = None, wants_gaps: bool = False
+) -> Histories:
+    """Histories of ids, without those that are 0.
+
+    Args:
+        ids: int64 ``[T]``.
+        rows: which history each is of, ascending ``[T]``.
+        count: number of histories.
+        times: of each id, float64 ``[T]``, where they are known.
+        wants_gaps: whether the model reads time gaps.
+    """
+    known = ids > 0
+    ids, rows, times = ids[known], rows[known], times if times is None else times[known]
+    lengths = np.bincount(rows, minlength=count).astype(np.int64)
+    first = (np.cumsum(lengths) - lengths)[lengths > 0]
+    gaps = time_gaps(times, first) if wants_gaps and times is not None else None
+    return Histories(ids, lengths, gaps, times)

@@ -1,0 +1,1 @@
+"""Recommendations and live sessions over HTTP; needs the extra ``serve``."""

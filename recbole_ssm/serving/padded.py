@@ -1,0 +1,212 @@
+"""Blocks on padded batches in torch's own operators alone, for what a compiler is to take.
+
+The ops of this package choose kernels by what they are given, which no exporter can follow. So a model that is to be
+exported is copied, and those of its modules that call ops become the ones here (:func:`padded`): the same weights, and
+the model's own code around them. Right-padded rows are packed as they are, each sequence ``L`` rows long with the
+padding after its end, which no earlier row sees.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._higher_order_ops import scan
+
+from recbole_ssm.layers import Mamba, Mamba2, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
+from recbole_ssm.models.starrec import DualPathLayer
+from recbole_ssm.ops.packing import Borders, borders, flip_rows, know, positions, select_rows
+
+State = dict[str, Tensor]
+
+
+class PaddedBorders(Borders):
+    """Borders of sequences that all have ``longest`` rows, their padding among them.
+
+    Args:
+        lengths: of what is no padding, int64 ``[B]``.
+        longest: ``L``.
+    """
+
+    def __init__(self, lengths: Tensor, longest: int):
+        self.lengths, self.longest, self.count = lengths, longest, lengths.shape[0]
+
+    def table(self, name: str) -> Tensor:
+        """``positions`` and ``flip_rows``, int64 ``[B L]``; padding is not flipped."""
+        place = torch.arange(self.longest, device=self.lengths.device)[None].expand(self.count, -1)
+        if name == "flip_rows":
+            first = torch.arange(self.count, device=place.device)[:, None] * self.longest
+            length = self.lengths[:, None]
+            place = first + torch.where(place < length, length - 1 - place, place)
+        elif name != "positions":
+            raise KeyError(name)
+        return place.flatten()
+
+
+def padded_borders(lengths: Tensor, longest: int) -> Tensor:
+    """Borders to call a model with whose modules are those of :func:`padded`, int32 ``[B+1]``."""
+    cu_seqlens = torch.arange(lengths.shape[0] + 1, dtype=torch.int32) * longest
+    know(cu_seqlens, PaddedBorders(lengths, longest))
+    return cu_seqlens
+
+
+def _batch(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``[B L, ...]`` to ``[B, L, ...]``."""
+    known: Any = borders(cu_seqlens)
+    return x.reshape(known.count, known.longest, *x.shape[1:])
+
+
+def each_row(advance: Callable, state: Tensor, columns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Carry a state through the rows of a batch.
+
+    Args:
+        advance: of the state ``[B, ...]`` and a row of each column the next state and what the row gets.
+        state: the first.
+        columns: ``[B, L, ...]`` each.
+
+    Returns:
+        The last state, and what the rows get, ``[B, L, ...]``.
+    """
+    state, found = scan(advance, state, tuple(column.transpose(0, 1).contiguous() for column in columns))
+    return state, found.transpose(0, 1)
+
+
+def one_row(advance: Callable, state: Tensor, columns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """:func:`each_row` where there is one."""
+    state, found = advance(state, tuple(column[:, 0] for column in columns))
+    return state, found[:, None]
+
+
+class _Padded:
+    """What the blocks of state spaces have in common."""
+
+    initial_state: Callable[[int], State]
+    out_proj: nn.Linear
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See the block's own."""
+        x = _batch(x, cu_seqlens)
+        y, _ = self._run(x, self.initial_state(x.shape[0]), each_row)
+        return self.out_proj(select_rows(y.flatten(0, 1), read))
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """See the block's own; of one row of each sequence."""
+        y, state = self._run(x[:, None], state, one_row)
+        return self.out_proj(y[:, 0]), state
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        """What ``out_proj`` is of, ``[B, L, d_inner]``, for ``x [B, L, d]``, and the state after it."""
+        raise NotImplementedError
+
+
+class PaddedMamba(_Padded, Mamba):
+    """See :class:`~recbole_ssm.layers.Mamba`."""
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        x, z = self.in_proj(x).chunk(2, -1)
+        seen = torch.cat([state["conv"], x.mT], -1)
+        after, x = seen[..., x.shape[1] :], F.silu(self.conv(seen)).mT
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt, A = F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log)
+
+        def advance(state, row):
+            dt, drive, B, C = row
+            state = torch.exp(dt[..., None] * A) * state + drive[..., None] * B[:, None]
+            return state, (state * C[:, None]).sum(-1)
+
+        ssm, y = recur(advance, state["ssm"], (dt, dt * x, B, C))
+        return (y + self.D * x) * F.silu(z), {"conv": after, "ssm": ssm}
+
+
+class PaddedMamba2(_Padded, Mamba2):
+    """See :class:`~recbole_ssm.layers.Mamba2`."""
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, *self._widths], -1)
+        seen = torch.cat([state["conv"], xBC.mT], -1)
+        x, B, C = self._split(F.silu(self.conv(seen)).mT)
+        dt = F.softplus(dt + self.dt_bias)
+
+        def advance(state, row):
+            decay, drive, B, C = row
+            state = decay[..., None, None] * state + drive[..., None] * B[:, None, None]
+            return state, (state * C[:, None, None]).sum(-1)
+
+        ssm, y = recur(advance, state["ssm"], (torch.exp(dt * self._rates()), dt[..., None] * x, B, C))
+        after = {"conv": seen[..., xBC.shape[1] :], "ssm": ssm}
+        return self._gate(y + self.D[:, None] * x, z), after
+
+
+class PaddedBiSSDLayer(BiSSDLayer):
+    """See :class:`~recbole_ssm.models.ssd4rec.BiSSDLayer`."""
+
+    def _backward_of_prefixes(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None) -> Tensor:
+        """What the backward scan of each whole sequence gives its rows."""
+        flipped = flip_rows(cu_seqlens)
+        back = self.mamba(x.index_select(0, flipped), cu_seqlens)
+        return select_rows(back.index_select(0, flipped) if self.flip_back else back, read)
+
+
+class PaddedAttention(PreferenceAwareAttention):
+    """See :class:`~recbole_ssm.layers.PreferenceAwareAttention`."""
+
+    def forward(
+        self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
+    ) -> Tensor:
+        """See there; ``read`` has as many rows of one sequence as of another."""
+        state = {name: _batch(row, cu_seqlens) for name, row in self._kept(x, item_embedding).items()}
+        count, length = state["key"].shape[:2]
+
+        def asking(of: Tensor) -> Tensor:  # [B L, d] to [B, Q, d]
+            return select_rows(of, read).reshape(count, -1, of.shape[-1])
+
+        own = asking(state["gated"].flatten(0, 1)) if self.use_similarity else None
+        back = asking(positions(cu_seqlens)[:, None]) - torch.arange(length, device=x.device)
+        seen = (back >= 0) if self.window is None else (back >= 0) & (back < self.window)
+        x = select_rows(x, read)
+        q = self.query_key_value(x)[:, : x.shape[1]].reshape(count, -1, x.shape[1])
+        return self._output(x, self._attend(q, own, state, seen).flatten(0, 1))
+
+
+class PaddedDualPathLayer(DualPathLayer):
+    """See :class:`~recbole_ssm.models.starrec.DualPathLayer`."""
+
+    def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
+        """See there; a transposed matrix by a vector, as there, is multiplied wrongly by ONNX Runtime (1.32)."""
+        if self.fusion_gate is not None:
+            return super().fused(attended, scanned)
+        gamma = self.fusion_logits.softmax(0)
+        return gamma[0] * attended + gamma[1] * scanned
+
+
+class PaddedMixture(MixtureOfExperts):
+    """See :class:`~recbole_ssm.layers.MixtureOfExperts`."""
+
+    def _chosen_experts(self, y: Tensor, chosen: Tensor) -> Tensor:
+        """All are computed, whichever are chosen: ``[k, M, d]``."""
+        found = self._experts(y.expand(self.gate.out_features, -1, -1))
+        return found.gather(0, chosen.T[..., None].expand(-1, -1, y.shape[-1]))
+
+
+PADDED: dict[type, type] = {
+    Mamba: PaddedMamba,
+    Mamba2: PaddedMamba2,
+    BiSSDLayer: PaddedBiSSDLayer,
+    DualPathLayer: PaddedDualPathLayer,
+    PreferenceAwareAttention: PaddedAttention,
+    MixtureOfExperts: PaddedMixture,
+}
+
+
+def padded(model: nn.Module) -> Any:
+    """A copy of a model for inference on a CPU, whose modules take :func:`padded_borders`."""
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module) in PADDED:
+            module.__class__ = PADDED[type(module)]
+    if isinstance(model, SSD4Rec):
+        model.one_pass = True  # so that it leaves both directions to its layers
+    return model

@@ -1,0 +1,178 @@
+"""Recommendations against scores of the model by a loop over users; what comes in, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recbole_ssm import UserError
+from recbole_ssm.quick_start import load_data_and_model, train_and_test
+from recbole_ssm.serving import Recommender, top_items
+
+from ..conftest import random_rows, small_config, write_dataset
+from .conftest import recommender
+
+HISTORIES = [["i3", "i1", "i7"], ["i2"], [], ["i9", "i9", "i4", "i8", "i0"]]
+MODELS = {
+    "STARRec": ("STARRec", {}),
+    "SSD4Rec": ("SSD4Rec", {}),
+    "SASRec": ("SASRec", {"train_mode": "sequence", "valid_metric": "NDCG@10"}),
+    "NARM": ("NARM", {}),
+}
+
+
+def by_hand(served, history, k, exclude_seen=True, allowed=None):
+    """The best items of one history by its scores of all items."""
+    tokens = served.vocabulary.items[1:]
+    scores = served.score([history], tokens)[0]
+    left = [i for i in np.argsort(-scores) if not (exclude_seen and tokens[i] in history)]
+    return [tokens[i] for i in left if allowed is None or tokens[i] in allowed][:k]
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("case", MODELS)
+def test_top_items_are_those_of_a_loop(case, exclude_seen, monkeypatch):
+    name, settings = MODELS[case]
+    served = recommender(name, MAX_ITEM_LIST_LENGTH=4, **settings)
+    monkeypatch.setattr(top_items, "SCORES_AT_A_TIME", 40)  # one history at a time
+    found = served.recommend(HISTORIES, 5, exclude_seen)
+    assert found.items == [by_hand(served, history, 5, exclude_seen) if history else [] for history in HISTORIES]
+    for history, items, scores in zip(HISTORIES, found.items, found.scores, strict=True):
+        assert scores == sorted(scores, reverse=True)
+        if history:
+            np.testing.assert_allclose(scores, served.score([history], items)[0], rtol=1e-5)
+
+
+def test_scores_are_the_models_own():
+    served = recommender("STARRec", MAX_ITEM_LIST_LENGTH=4)
+    model, vocabulary = served.model, served.vocabulary
+    for history in (HISTORIES[0], HISTORIES[3]):
+        items = torch.from_numpy(vocabulary.ids(history[-4:]))[None]  # the latest 4
+        with torch.no_grad():
+            hidden = model(items, torch.tensor([items.shape[1]]))
+            scores = (hidden @ model.item_embedding.weight.T)[0, 1:]
+        np.testing.assert_allclose(served.score([history], vocabulary.items[1:])[0], scores, rtol=1e-5)
+
+
+def test_candidates_and_filters():
+    served = recommender("Mamba4Rec")
+    history, candidates = ["i3", "i1"], ["i1", "i5", "i6", "i8", "nothing"]
+    found = served.recommend([history], 10, candidates=candidates)
+    assert found.items == [by_hand(served, history, 10, allowed=candidates)]
+    assert len(found.items[0]) == 3
+    chosen = served.recommend([history], 10, candidates=candidates, filter=lambda token: token != "i6")
+    assert chosen.items == [[item for item in found.items[0] if item != "i6"]]
+    assert served.recommend([history], 10, candidates=[]).items == [[]]
+
+
+@pytest.mark.parametrize("kind", ["frame", "arrow"])
+def test_tables(kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    served = recommender("Mamba4Rec")
+    rows = [("b", "i2", 5), ("a", "i7", 30), ("a", "i3", 10), ("a", "i1", 20), ("c", "unheard of", 1)]
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    found = served.recommend(table if kind == "frame" else pyarrow.Table.from_pandas(table), 3)
+    assert isinstance(found, pd.DataFrame if kind == "frame" else pyarrow.Table)
+    found = found if kind == "frame" else found.to_pandas()
+    expected = served.recommend([["i2"], ["i3", "i1", "i7"]], 3)
+    assert found["user_id"].tolist() == ["b"] * 3 + ["a"] * 3
+    assert found["item_id"].tolist() == [item for row in expected.items for item in row]
+    assert found["rank"].tolist() == [1, 2, 3] * 2
+    np.testing.assert_allclose(found["score"], [score for row in expected.scores for score in row])
+    with pytest.raises(UserError, match="has no column 'item_id': it has user_id, timestamp"):
+        served.recommend(table.drop(columns="item_id"))
+
+
+def test_unknown_items_are_told_and_left_out(caplog):
+    served = recommender("Mamba4Rec")
+    with caplog.at_level(logging.WARNING):
+        found = served.recommend([["i3", "new", "i1"], ["new"]], 4)
+    assert found.items == [served.recommend([["i3", "i1"]], 4).items[0], []]
+    assert "2 of 4 items are unknown to the model and left out, such as 'new'" in caplog.text
+
+
+def test_similar_items():
+    served = recommender("Mamba4Rec")
+    table = served.item_embeddings()
+    assert table.shape == (served.vocabulary.item_num - 1, 16)
+    one = table.loc["i4"]
+    cosines = (table @ one) / (np.linalg.norm(table, axis=1) * np.linalg.norm(one))
+    expected = cosines.drop("i4").sort_values(ascending=False)[:3]
+    found = served.similar_items("i4", 3)
+    assert [item for item, _ in found] == expected.index.tolist()
+    np.testing.assert_allclose([score for _, score in found], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda served: served.recommend([["i1"]], 0), "k is 0: choose a whole number from 1"),
+        (lambda served: served.recommend([["i1"]], True), "k is True"),
+        (lambda served: served.recommend(["i1", "i2"]), r"of a single one write \[history\]"),
+        (lambda served: served.recommend({"i1": 2}), "a DataFrame or an Arrow table, not dict"),
+        (lambda served: served.recommend([["i1"]], times=[[1, 2]]), "as many times as there are items"),
+        (lambda served: served.recommend([["i1"]], times=[[float("nan")]]), "a time is no finite number"),
+        (lambda served: served.score([["i1"]], ["nothing"]), "does not know the item 'nothing'"),
+        (lambda served: served.similar_items("nothing"), "does not know the item 'nothing'"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_sentence(call, message):
+    with pytest.raises(UserError, match=message):
+        call(recommender("Mamba4Rec"))
+
+
+def test_a_model_of_times_asks_for_them():
+    served = recommender("STARRec", use_time_gaps=True)
+    with pytest.raises(UserError, match="this model reads the time of each item"):
+        served.recommend([["i1", "i2"]])
+    near, far = (served.recommend([["i1", "i2"]], times=[[0, gap]]).scores for gap in (1, 10**6))
+    assert near != far
+
+
+@pytest.mark.parametrize("name", ["STARRec", "SASRec"])
+def test_a_checkpoint_is_all_that_is_needed(name):
+    write_dataset("tiny", random_rows())
+    quick = {"epochs": 1, "eval_step": 1, "valid_metric": "NDCG@10", "topk": [10]}
+    run = train_and_test(small_config(name, **quick))
+    checkpoint = run.checkpoint
+    _, model, dataset, _, _, test_data = load_data_and_model(checkpoint)
+    rows, *_ = next(iter(test_data))
+    with torch.no_grad():
+        expected = model.full_sort_predict(rows.to("cpu"))
+    length = rows[model.ITEM_SEQ_LEN].tolist()
+    histories = [
+        dataset.id2token(dataset.iid_field, row[:n]).tolist()
+        for row, n in zip(rows[model.ITEM_SEQ], length, strict=True)
+    ]
+    moved = Path("elsewhere.pth")
+    Path(checkpoint).rename(moved)
+    Path("dataset").rename("gone")
+    served = Recommender.load(moved, "cpu")
+    np.testing.assert_allclose(
+        served.score(histories, served.vocabulary.items[1:]), expected[:, 1:], rtol=1e-4, atol=1e-5
+    )
+    assert served.digest == Recommender.load(moved).digest
+    assert served.results["best_valid_result"] == run.result["best_valid_result"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [("BPR", {}, "ranks for the users that it was trained on"), ("FDSA", {}, "is built of more than its items")],
+)
+def test_a_model_that_needs_more_is_refused(name, settings, message):
+    write_dataset("tiny", random_rows())
+    if name == "FDSA":
+        Path("dataset/tiny/tiny.item").write_text(
+            "item_id:token\tclass:token\n" + "".join(f"i{i}\tc{i % 3}\n" for i in range(30))
+        )
+        fields = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
+        settings = {"load_col": fields, "selected_features": ["class"]}
+    checkpoint = train_and_test(small_config(name, epochs=1, **settings)).checkpoint
+    with pytest.raises(UserError, match=message):
+        Recommender.load(checkpoint)
+    if name == "FDSA":
+        served = Recommender.load(checkpoint, with_data=True)
+        assert len(served.recommend([["i1", "i2"]], 3).items[0]) == 3
