@@ -49,11 +49,18 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
     return other
 
 
-@pytest.mark.parametrize("case", STEPPING)
-def test_events_one_by_one_are_the_full_forward(case):
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        ("Mamba4Rec, two layers", 60),
+        ("SSD4Rec", 60),
+        ("STARRec, two layers", 60),
+        *(pytest.param(case, 300, marks=pytest.mark.slow) for case in STEPPING),
+    ],
+)
+def test_events_one_by_one_are_the_full_forward(case, count):
     name, settings = STEPPING[case]
     served = recommender(name, MAX_ITEM_LIST_LENGTH=LENGTH, **settings)
-    count = 300
     endless = longer(name, settings, served, count)
     items, times = events(served, count)
     sessions = {rule: served.session(rule) for rule in ("window", "endless")}

@@ -61,6 +61,7 @@ def create_app(
 
     @asynccontextmanager
     async def serving(_: FastAPI) -> AsyncIterator[None]:
+        await service.warm_up()
         task = asyncio.create_task(service.run())
         yield
         task.cancel()

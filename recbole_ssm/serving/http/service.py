@@ -100,6 +100,17 @@ class Service:
         # One thread: a model on a machine's cores or its GPU gains nothing from a second.
         self._thread = ThreadPoolExecutor(1, "model")
 
+    async def warm_up(self) -> None:
+        """Have the model load what it loads at its first batch, so that nobody waits for it."""
+
+        def first() -> None:
+            state = self._sessions.new()
+            for time in (0.0, 1.0):
+                (state,) = self._sessions.update([state], [1], [time])
+            self._sessions.top([state], 1)
+
+        await self._in_thread(first)
+
     async def run(self) -> None:
         """Answer until cancelled."""
         try:
