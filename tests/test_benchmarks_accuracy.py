@@ -134,6 +134,7 @@ def test_a_killed_study_goes_on(tiny, capfd):
     assert row["epochs_to_best"] == whole.best_epoch + 1
 
 
+@pytest.mark.slow
 def test_another_commits_checkpoint_is_not_gone_on_from(tiny, capfd):
     store, work = Store(Path("results/runs.jsonl")), Path("work").resolve()
     runs.run_all([spec()], store, work, str(Path("dataset").resolve()), jobs=2, rank=False)

@@ -231,6 +231,7 @@ def test_no_time_is_told_of_an_evaluation_whose_metrics_are_wrong(monkeypatch, c
     assert "left out: its metrics differ" in Path("page.md").read_text()
 
 
+@pytest.mark.slow
 def test_data(monkeypatch):
     words = ("--parts", "data", "--interactions", "3000", "--train_steps", "2")
     part = run(monkeypatch, *words, settings=(*SMALL, "item_inter_num_interval=[1,inf)"))["parts"]["data"]
