@@ -12,7 +12,8 @@ unless --host says otherwise."""
 
 EXAMPLES = """\
 examples:
-  run_serve --checkpoint saved/STARRec-Nov-21-2026_10-00-00.pth --items dataset/ml-100k/ml-100k.item
+  run_serve --checkpoint saved/STARRec-Nov-21-2026_10-00-00.pth
+  run_serve --checkpoint model.pth --items films.item --title film_title
   run_serve --checkpoint model.pth --redis redis://localhost:6379/0 --workers 4 --token_file token
   RECBOLE_SSM_TOKEN=... run_serve --checkpoint model.pth --host 0.0.0.0
 
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
     parser.add_argument("--workers", type=int, default=1, help="processes; several need --redis (default: 1)")
     parser.add_argument("--token_file", metavar="FILE", help="holds the token that requests are to bear")
-    parser.add_argument("--items", metavar="FILE", help="RecBole's .item file, with titles")
+    parser.add_argument("--items", metavar="FILE", help="RecBole's .item file, with titles (default: the dataset's)")
     parser.add_argument("--title", metavar="COLUMN", help="its column of titles (default: the first named so)")
     sessions = parser.add_argument_group("sessions")
     sessions.add_argument(
@@ -89,6 +90,8 @@ def _serve(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} is {getattr(args, option)}: choose a number above 0.")
     if args.redis and "@" in args.redis:
         raise UserError(f"a password in --redis can be read by everybody on this machine: set {REDIS} instead.")
+    if args.title and not args.items:
+        raise UserError("--title is a column of --items: name that file, too.")
     token = _token(args.token_file)
     if args.host not in ("127.0.0.1", "::1", "localhost") and token is None:
         print(f"run_serve: {args.host} can be reached by others, and there is no token: see --help.", file=sys.stderr)

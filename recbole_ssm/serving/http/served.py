@@ -17,7 +17,7 @@ from recbole_ssm.serving.http.app import create_app
 from recbole_ssm.serving.http.gate import Limits
 from recbole_ssm.serving.http.metrics import FOLDER
 from recbole_ssm.serving.http.store import MemoryStore, RedisStore
-from recbole_ssm.serving.http.titles import read_titles
+from recbole_ssm.serving.http.titles import read_titles, titles_beside
 from recbole_ssm.serving.recommender import Recommender
 from recbole_ssm.serving.session import Sessions
 
@@ -34,7 +34,7 @@ class Served:
         session_seconds: until a session in Redis is forgotten.
         most_sessions: in memory.
         most_session_bytes: in memory.
-        items: RecBole's ``.item`` file, with titles.
+        items: RecBole's ``.item`` file, with titles; that of the model's dataset where absent.
         title: its column.
         token: that requests are to bear.
         limits: of requests.
@@ -64,7 +64,11 @@ class Served:
             if self.redis
             else MemoryStore(self.most_sessions, self.most_session_bytes)
         )
-        titles = read_titles(self.items, recommender.vocabulary, self.title) if self.items else None
+        vocabulary = recommender.vocabulary
+        if self.items:
+            titles = read_titles(self.items, vocabulary, self.title)
+        else:
+            titles = titles_beside(recommender.config, vocabulary)
         return create_app(recommender, store, self.rule, titles, self.limits, self.token)
 
 

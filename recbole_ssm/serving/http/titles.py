@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from recbole_ssm.config import Config
 from recbole_ssm.data.reading import NAMES, AtomicFile
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.vocabulary import Vocabulary
@@ -31,6 +32,15 @@ class Titles:
         if parts:
             found.sort(key=lambda i: not self._searched[i].startswith(parts[0]))
         return [self._tokens[i] for i in found[:limit]]
+
+
+def titles_beside(config: Config, vocabulary: Vocabulary) -> Titles:
+    """Titles from the ``.item`` file of the dataset that a model was trained on, where both are there; else none."""
+    file = Path(config["data_path"], f"{config['dataset']}.item")
+    try:
+        return read_titles(file, vocabulary) if file.is_file() else Titles(vocabulary)
+    except UserError:
+        return Titles(vocabulary)
 
 
 def read_titles(file: str | Path, vocabulary: Vocabulary, column: str | None = None) -> Titles:

@@ -11,7 +11,7 @@ import pytest
 from recbole_ssm.serving.http.app import create_app
 from recbole_ssm.serving.http.gate import Limits
 from recbole_ssm.serving.http.store import MemoryStore
-from recbole_ssm.serving.http.titles import Titles, read_titles
+from recbole_ssm.serving.http.titles import Titles, read_titles, titles_beside
 from recbole_ssm.serving.session import Sessions
 
 from .conftest import ask, running
@@ -127,6 +127,12 @@ def test_titles_come_from_recboles_file(served, tmp_path):
         read_titles(file, served.vocabulary, "plot")
     with pytest.raises(ValueError, match="cannot be read"):
         read_titles(tmp_path / "nothing.item", served.vocabulary)
+    beside = {"data_path": str(tmp_path), "dataset": "x"}
+    assert titles_beside(beside, served.vocabulary).of("i4") == "The Fourth"
+    file.write_text("item_id:token\tyear:float\ni4\t1\n")
+    assert titles_beside(beside, served.vocabulary).of("i4") is None
+    file.unlink()
+    assert titles_beside(beside, served.vocabulary).search("i4", 1) == ["i4"]
 
 
 def test_what_arrives_together_is_scored_together(served, monkeypatch):
@@ -359,11 +365,10 @@ def test_too_many_and_too_slow(served, monkeypatch):
         go.wait(10)
         return top(self, *given, **named)
 
-    monkeypatch.setattr(type(served), "top", slow)
-
     async def crowd():
         body = {"items": ["i1"]}
         async with running(create_app(served, limits=Limits(batch=1, waiting=2, seconds=0.5))) as client:
+            monkeypatch.setattr(type(served), "top", slow)
             first = asyncio.create_task(client.post("/recommend", json=body))
             await asyncio.sleep(0.1)
             answers = await asyncio.gather(*(client.post("/recommend", json=body) for _ in range(6)))

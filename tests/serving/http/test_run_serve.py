@@ -48,6 +48,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
         (["--workers", "0"], {}, "workers is 0"),
         (["--timeout", "0"], {}, "--timeout is 0.0: choose a number above 0"),
         (["--timeout", "nan"], {}, "--timeout is nan"),
+        (["--title", "x"], {}, "--title is a column of --items"),
         (["--redis", "redis://:secret@localhost"], {}, "set RECBOLE_SSM_REDIS"),
         (["--token_file", "nothing"], {}, "--token_file nothing cannot be read"),
         ([], {"RECBOLE_SSM_TOKEN": "secret"}, "is to have 16 or more"),
@@ -86,8 +87,12 @@ class Server:
         )  # fmt: skip
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self._reader.start()
-        self.address = until(lambda: re.findall(r"^(http://\S+) serves", "".join(self.lines), re.MULTILINE))[0]
+        self.address = until(self._address)[0]
         until(self.healthy)
+
+    def _address(self) -> list[str]:
+        assert self.process.poll() is None, self.lines
+        return re.findall(r"^(http://\S+) serves", "".join(self.lines), re.MULTILINE)
 
     def healthy(self) -> bool:
         assert self.process.poll() is None, self.lines
