@@ -111,6 +111,7 @@ def test_what_was_tuned_is_part_of_a_runs_identity(monkeypatch):
     assert plain.command() == "run_recbole --model=STARRec --dataset=tiny --seed=1"
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tiny, capfd):
     """SIGKILL of a run in mid-training; the next call takes its checkpoint up, and ends like one never killed."""
     chosen = spec(epochs=60, stopping_step=1000, learning_rate=1e-5)
