@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-import warnings
+
+from recbole_ssm.cli import run
 
 DESCRIPTION = """\
 Write a trained model as a folder of ONNX graphs, its items and a model card, which needs ONNX Runtime and NumPy to run
@@ -25,21 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     args = build_parser().parse_args()
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
-    from recbole_ssm.errors import CannotWrite, UserError
+    return run("run_export", lambda: _export(args))
+
+
+def _export(args: argparse.Namespace) -> None:
     from recbole_ssm.serving import Recommender
 
-    try:
-        recommender = Recommender.load(args.checkpoint, "cpu", args.with_data)
-        recommender.export(args.output, args.overwrite)
-    except UserError as error:
-        print(f"run_export: {error}", file=sys.stderr)
-        return 1 if isinstance(error, CannotWrite) else 2
-    except KeyboardInterrupt:
-        print("\nrun_export: interrupted.", file=sys.stderr)
-        return 130
+    recommender = Recommender.load(args.checkpoint, "cpu", args.with_data)
+    recommender.export(args.output, args.overwrite)
     print(f"{args.output}: {recommender.config['model']} for ONNX Runtime; its README.md says how to run it")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 import argparse
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
+from recbole_ssm.cli import run
 from recbole_ssm.cli.run_recbole import model_and_dataset, parse_settings
 
 DESCRIPTION = """\
@@ -60,18 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     args, rest = build_parser().parse_known_args()
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
-    from recbole_ssm.errors import CannotWrite, UserError
-
-    try:
-        _search(args, parse_settings(rest))
-    except UserError as error:
-        print(f"run_hyper: {error}", file=sys.stderr)
-        return 1 if isinstance(error, CannotWrite) else 2
-    except KeyboardInterrupt:
-        print("\nrun_hyper: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return run("run_hyper", lambda: _search(args, parse_settings(rest)))
 
 
 def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:

@@ -5,8 +5,9 @@ import importlib.util
 import logging
 import sys
 import time
-import warnings
 from pathlib import Path
+
+from recbole_ssm.cli import run
 
 DESCRIPTION = """\
 Write the items that are most likely to come next for each user of a file, by a trained model. The input may be larger
@@ -59,19 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     args = build_parser().parse_args()
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from recbole_ssm.errors import CannotWrite, UserError
-
-    try:
-        _recommend(args)
-    except UserError as error:
-        print(f"run_recommend: {error}", file=sys.stderr)
-        return 1 if isinstance(error, CannotWrite) else 2
-    except KeyboardInterrupt:
-        print("\nrun_recommend: interrupted; the same command goes on where it was.", file=sys.stderr)
-        return 130
-    return 0
+    return run("run_recommend", lambda: _recommend(args), "interrupted; the same command goes on where it was.")
 
 
 def _recommend(args: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
+
+from recbole_ssm.cli import run
 
 DESCRIPTION = """\
 Serve a checkpoint over HTTP: recommendations for histories, live sessions, and a page to try them at /. Loopback alone
@@ -60,18 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
     args = build_parser().parse_args()
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
-    from recbole_ssm.errors import UserError
-
-    try:
-        _serve(args)
-    except UserError as error:
-        print(f"run_serve: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nrun_serve: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return run("run_serve", lambda: _serve(args))
 
 
 def _serve(args: argparse.Namespace) -> None:

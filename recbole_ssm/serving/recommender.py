@@ -21,6 +21,7 @@ from recbole_ssm.config import Config
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
 from recbole_ssm.models.base import PackedRecommender
+from recbole_ssm.ops.packing import pad
 from recbole_ssm.quick_start import config_of, load_data_and_model
 from recbole_ssm.registry import model_class
 from recbole_ssm.serving.histories import Histories, read_histories
@@ -325,9 +326,8 @@ class Recommender:
         blocks = []
         for begin in range(0, len(part), ROWS_AT_A_TIME):
             block = part.take(np.arange(begin, min(begin + ROWS_AT_A_TIME, len(part))))
-            padded = torch.zeros(len(block), self.max_length, dtype=torch.int64)
-            place = np.arange(len(block.items)) - np.repeat(np.cumsum(block.lengths) - block.lengths, block.lengths)
-            padded[torch.from_numpy(block.rows), torch.from_numpy(place)] = torch.from_numpy(block.items)
+            padded = pad(torch.from_numpy(block.items), block.cu_seqlens())
+            padded = F.pad(padded, (0, self.max_length - padded.shape[1]))
             lengths = torch.from_numpy(block.lengths)
             rows_of_recbole = Interaction({self.model.ITEM_SEQ: padded, self.model.ITEM_SEQ_LEN: lengths})
             try:
@@ -337,7 +337,7 @@ class Recommender:
                     f"{self.config['model']} reads {error.args[0]!r} of a history, which has nothing but its items."
                 ) from error
             blocks.append(scores.view(len(block), -1))
-        return torch.cat(blocks).clone()
+        return torch.cat(blocks)
 
     def _table(self) -> Tensor:
         table = getattr(self.model, "item_embedding", None)
