@@ -16,7 +16,8 @@ from recbole.utils import InputType, ModelType, get_trainer
 from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import MODELS, list_models
-from recbole_ssm.settings import CAUSAL_MODELS, FIXED, check, near, schema_of, unread
+from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, check, fixed, near, schema_of, unread
+from recbole_ssm.settings.text import own
 from recbole_ssm.settings.values import PlainLoader, is_name, literal, native, plain, printable, read_settings
 
 # Options of our commands, which RecBole's configuration meets in sys.argv and must leave alone.
@@ -124,7 +125,7 @@ class Config(recbole.config.Config):
             UserError: where ``settings`` would make another model of the one that was trained.
         """
         changes = {key: literal(value) if isinstance(value, str) else value for key, value in (settings or {}).items()}
-        for key in sorted(FIXED & changes.keys() & given.keys()):
+        for key in sorted(fixed() & changes.keys() & given.keys()):
             if changes[key] != given[key]:
                 raise UserError(
                     f"{key} is {given[key]!r} in the checkpoint's model, which is not the same model with "
@@ -219,6 +220,8 @@ class Config(recbole.config.Config):
         self.property_files = [file for file in files if file.is_file()]
         for file in self.property_files:
             self._update_internal_config_dict(file)
+            if file == root / "overall.yaml":  # those of another package's model stand in no file here
+                self.internal_config_dict |= {key: SCHEMAS[model].model_fields[key].default for key in own(model)}
         if set(load_col or {}) - {"inter"}:  # RecBole knows that this model needs more than interactions
             self.internal_config_dict["load_col"] = load_col
         self._refuse_unknown_keys()

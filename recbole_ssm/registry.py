@@ -1,5 +1,8 @@
 """Which models there are, and how RecBole comes to know them.
 
+A model is registered where it stands, by :func:`register_model`; those of other packages are found by their entry
+points of the group :data:`ENTRY_POINTS`.
+
 RecBole finds a model as the class ``Name`` in the module ``recbole.model.<family>.<name in lower case>``, its dataset
 as ``NameDataset`` in ``recbole.data.dataset`` and its trainer as ``NameTrainer`` in ``recbole.trainer``.
 :func:`register` adds our names to these places, and replaces none. What it does replace are functions that could not do
@@ -9,6 +12,12 @@ with our models, or on today's stack, what they are documented to do: :data:`QUI
 import importlib
 import pkgutil
 import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TypeVar
 
 import recbole.data.dataset
 import recbole.model
@@ -17,32 +26,63 @@ import recbole.utils.case_study
 import torch
 from recbole.utils import get_model
 
-from recbole_ssm.settings import CAUSAL_MODELS
+from recbole_ssm.errors import UserError
+from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, Ours
 
-MODELS = {
-    "STARRec": "recbole_ssm.models.starrec",
-    "SSD4Rec": "recbole_ssm.models.ssd4rec",
-    "Mamba4Rec": "recbole_ssm.models.mamba4rec",
-}
+# The models that were registered, by name.
+MODELS: dict[str, type] = {}
+
+# By which another package names modules that register models.
+ENTRY_POINTS = "recbole_ssm.models"
+
+FAMILIES = ("sequential_recommender", "general_recommender", "context_aware_recommender", "knowledge_aware_recommender")
+
+Model = TypeVar("Model", bound=type)
 
 # RecBole's functions that build all by names of their own module, where nothing can be added.
 QUICK_START = ("run", "run_recbole", "run_recboles", "load_data_and_model", "objective_function")
 
 
+def register_model(settings: type[Ours]) -> Callable[[Model], Model]:
+    """Decorator of a model's class, which makes it known by its name.
+
+    Args:
+        settings: every setting that it reads beside RecBole's own, with types, bounds and defaults.
+
+    Raises:
+        UserError: where another class has the name.
+    """
+
+    def registered(model: Model) -> Model:
+        name = model.__name__
+        taken = "RecBole" if name.lower() in _recboles_modules() else MODELS.get(name, model).__module__
+        if taken != model.__module__:
+            raise UserError(f"the name of the model {name} of {model.__module__} is taken by {taken}: choose another.")
+        MODELS[name], SCHEMAS[name] = model, settings
+        return model
+
+    return registered
+
+
 def register() -> None:
-    """Make every model of :data:`MODELS` known to RecBole's own look-ups by name, and to its quick start."""
+    """Make our models and other packages' known to RecBole's own look-ups by name, and to its quick start."""
     # RecBole's look-up imports all its sequential models, and one of them (SINE) switches torch's anomaly detection on
     # for the whole process, which slows every model's backward pass down. It did so before now where RecBole was
     # imported first; whoever wants it switches it on after this import.
     importlib.import_module("recbole.model.sequential_recommender")
     torch.autograd.set_detect_anomaly(False)
 
+    from recbole_ssm import models
     from recbole_ssm.data.sequence_dataset import SequenceDataset
     from recbole_ssm.trainer import SequenceTrainer
 
-    for name, module in MODELS.items():
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        importlib.import_module(module.name)
+    for point in entry_points(group=ENTRY_POINTS):
+        _load(point)
+    for name, model in MODELS.items():
         alias = f"recbole.model.sequential_recommender.{name.lower()}"
-        sys.modules.setdefault(alias, importlib.import_module(module))
+        sys.modules.setdefault(alias, sys.modules[model.__module__])
         for home, suffix, cls in (
             (recbole.data.dataset, "Dataset", SequenceDataset),
             (recbole.trainer, "Trainer", SequenceTrainer),
@@ -51,6 +91,13 @@ def register() -> None:
                 setattr(home, name + suffix, cls)
     _take_quick_start()
     _take_case_study()
+
+
+def _load(point: EntryPoint) -> None:
+    try:
+        point.load()
+    except Exception as error:  # of another package, which must not keep anybody from the other models
+        warnings.warn(f"the models of {point.value} are left out, for it cannot be loaded: {error}", stacklevel=3)
 
 
 def _take_quick_start() -> None:
@@ -88,9 +135,14 @@ def model_class(config) -> type:
 def list_models() -> list[str]:
     """Names of all models that ``--model`` takes: ours first, then RecBole's by family."""
     names = list(MODELS)
-    for family in ("sequential", "general", "context_aware", "knowledge_aware"):
-        package = importlib.import_module(f"recbole.model.{family}_recommender")
-        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
-        found = (name for name in vars(package) if name.lower() in modules and not name.islower())
-        names += sorted(name for name in found if name not in names)
+    for family in FAMILIES:
+        found = {name for name in vars(importlib.import_module(f"recbole.model.{family}")) if not name.islower()}
+        names += sorted(name for name in found - {*names} if name.lower() in _recboles_modules())
     return [*names, "lightgbm", "xgboost"]  # of the family whose import needs these packages
+
+
+@cache
+def _recboles_modules() -> set[str]:
+    """Names of the modules that RecBole's models are in; without an import of these."""
+    folder = Path(recbole.model.__file__ or "").parent
+    return {module.name for module in pkgutil.iter_modules([str(folder / family) for family in FAMILIES])}

@@ -10,8 +10,25 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, MambaLayer
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.registry import register_model
+from recbole_ssm.settings import LossType, Ours, setting
 
 
+class Mamba4RecSettings(Ours):
+    """Mamba4Rec (arXiv 2403.03900). All values are the paper's settings for ml-1m."""
+
+    hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16, fixed=True)
+    num_layers: int = setting(
+        1, "Number of Mamba layers; with more than one they get residual connections.", ge=1, le=1024, fixed=True
+    )
+    dropout_prob: float = setting(0.2, "Dropout rate.", "Paper: 0.2 on ml-1m, 0.4 on the Amazon sets.", ge=0, lt=1)
+    d_state: int = setting(32, "SSM state expansion factor.", ge=1, le=4096, fixed=True)
+    d_conv: int = setting(4, "Local convolution width.", ge=1, le=8, fixed=True)
+    expand: int = setting(2, "Block expansion factor.", ge=1, le=64, fixed=True)
+    loss_type: LossType = setting("CE", "The loss; all but CE draw negatives.")
+
+
+@register_model(Mamba4RecSettings)
 class Mamba4Rec(PackedRecommender):
     """Stacked Mamba and feed-forward layers over item embeddings."""
 

@@ -7,9 +7,10 @@ position-wise feed-forward network. The last position's state scores the items (
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
@@ -17,6 +18,8 @@ from recbole_ssm.layers import FeedForward, Mamba2
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
+from recbole_ssm.registry import register_model
+from recbole_ssm.settings import LossType, Ours, TrainMode, Whole, divides, setting
 
 MASK_ITEM = 0
 
@@ -94,6 +97,67 @@ class BiSSDLayer(nn.Module):
         return self.mamba(alone, single_rows(len(alone), x.device))
 
 
+class SSD4RecSettings(Ours):
+    """SSD4Rec (arXiv 2409.01192). 'released': the settings in the authors' code for ml-1m; for amazon-beauty and
+    amazon-video-games these are num_layers 1, dropout_prob 0.4, norm_embedding False and mask_ratio 0.2 and 0.1; for
+    kuairand num_layers 2, dropout_prob 0.2, norm_embedding True and mask_ratio 0.2.
+    """
+
+    hidden_size: int = setting(
+        256, "Number of features in the hidden state.", "Released.", section="Size", ge=1, le=2**16, fixed=True
+    )
+    num_layers: int = setting(2, "Number of Bi-SSD layers.", "Released.", ge=1, le=1024, fixed=True)
+    dropout_prob: float = setting(0.2, "Dropout rate.", "Released.", ge=0, lt=1)
+    norm_embedding: bool = setting(
+        True, "Whether embeddings pass dropout and LayerNorm first.", "Released.", fixed=True
+    )
+    var_len: bool = setting(
+        True,
+        "Variable-length sequences laid end to end; False pads each to MAX_ITEM_LIST_LENGTH with masks in front.",
+        "Released.", section="Input construction (section 3.2)", fixed=True,
+    )  # fmt: skip
+    mask_ratio: float = setting(
+        0.1, "rho, the share of input items masked in training; 0 is the ablation 'w/o mask'.", "Released.", ge=0, lt=1
+    )
+    d_state: int = setting(
+        64, "SSM state expansion factor.", "Released.", section="Bi-SSD layer (section 3.3)", ge=1, le=4096, fixed=True
+    )
+    d_conv: int = setting(4, "Local convolution width.", "Released.", ge=1, le=8, fixed=True)
+    expand: int = setting(2, "Block expansion factor.", "Released.", ge=1, le=64, fixed=True)
+    headdim: int = setting(
+        16, "Width of an SSD head; must divide expand * hidden_size.", "Released.", ge=1, le=2**16, fixed=True
+    )
+    bidirectional: bool = setting(True, "Ablation 'w/o bidirection' when False; the model is causal then.", fixed=True)
+    beta: float = setting(0.1, "Weight of the backward stream.", "Released.", ge=0, le=1000, fixed=True)
+    backward_stream: Literal["final", "aligned"] = setting(
+        "final",
+        "What a position receives from the backward scan. 'final': the last one receives the state after the whole "
+        "sequence in reverse. 'aligned': each receives what lies after it.",
+        "Released: 'final'.", fixed=True,
+    )  # fmt: skip
+    train_mode: TrainMode = setting(
+        "prefix",
+        "'prefix': a row for each target. 'sequence': whole histories, for num_layers: 1 or bidirectional: False; the "
+        "prefixes of a window share one draw of the mask then.",
+        section="Training",
+    )
+    train_batch_size: Whole = setting(1024, "Targets a step.", "Released.")
+    loss_type: LossType = setting("CE", "The loss; all but CE draw negatives.", "Released.")
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        divides(self, "headdim", "expand * hidden_size =", self.expand * self.hidden_size)
+        if self.train_mode == "sequence" and self.bidirectional and self.num_layers > 1:
+            raise ValueError(
+                "SSD4Rec with several layers that read both ways cannot learn from every position at once: set "
+                "num_layers: 1, bidirectional: False or train_mode: prefix."
+            )
+        if self.train_mode == "sequence" and not self.var_len:
+            raise ValueError("var_len: False pads a row for each target: set train_mode: prefix.")
+        return self
+
+
+@register_model(SSD4RecSettings)
 class SSD4Rec(PackedRecommender):
     """Bi-SSD layers over masked, variable-length item sequences.
 

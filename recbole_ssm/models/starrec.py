@@ -5,9 +5,10 @@ state-space path in parallel. Eq. 3: adaptive fusion. Section 3.1.5: a sequence-
 docs/models.md gives the equations and says where this differs from the paper's released code.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
@@ -15,6 +16,8 @@ from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAtte
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
+from recbole_ssm.registry import register_model
+from recbole_ssm.settings import MOST, Cosine, LossType, Ours, divides, setting
 
 
 class DualPathLayer(nn.Module):
@@ -102,6 +105,106 @@ class DualPathLayer(nn.Module):
         return gamma[:, :1] * attended + gamma[:, 1:] * scanned
 
 
+class STARRecSettings(Ours):
+    """STAR-Rec (arXiv 2505.03484). 'paper': its published settings. Where no source is named, the choice is ours."""
+
+    hidden_size: int = setting(
+        64, "Number of features in the hidden state.", "Paper: 128; 64 is what its baselines use.",
+        section="Size", ge=1, le=2**16, fixed=True,
+    )  # fmt: skip
+    num_layers: int = setting(
+        1, "Number of dual-path layers.", "Paper, table 4: one layer is best.", ge=1, le=1024, fixed=True
+    )
+    dropout_prob: float = setting(0.2, "Dropout rate.", "Paper.", ge=0, lt=1)
+    use_time_gaps: bool = setting(
+        False,
+        "Whether to add a learned embedding of the time since the interaction before, by powers of 2. Needs a real "
+        "clock; an open question of the paper.",
+        fixed=True,
+    )
+    use_position_embedding: bool = setting(
+        True,
+        "Whether to add a learned embedding of the position.",
+        "Paper, section 3.1.1; its released code has none.",
+        fixed=True,
+    )
+    use_ssm: bool = setting(
+        True, "Ablation 'w/o SSM' when False.", section="State-space path (section 3.1.3)", fixed=True
+    )
+    d_state: int = setting(32, "SSM state expansion factor.", "Paper.", ge=1, le=4096, fixed=True)
+    d_conv: int = setting(4, "Local convolution width.", "Paper.", ge=1, le=8, fixed=True)
+    expand: int = setting(2, "Block expansion factor.", "Paper.", ge=1, le=64, fixed=True)
+    use_pma: bool = setting(
+        True, "Ablation 'w/o PMA' when False.", section="Preference-aware attention path (section 3.1.2)", fixed=True
+    )
+    n_heads: int = setting(
+        8, "Number of attention heads; must divide hidden_size.", "Paper.", ge=1, le=2**16, fixed=True
+    )
+    use_similarity: bool = setting(True, "Ablation 'w/o similarity' when False: plain attention scores.", fixed=True)
+    similarity_threshold: Cosine | list[Cosine] = setting(
+        0.0, "Cosine below which two items count as unlike, for all heads or one a head.", "The released code's.",
+        allowed="a number from -1 to 1, or a list of one a head", fixed=True,
+    )  # fmt: skip
+    pma_residual: bool = setting(
+        True,
+        "Whether the path adds its input, as the released code does. With one layer that is the last item itself, "
+        "which then scores high.",
+        fixed=True,
+    )
+    attention_window: int | None = setting(
+        None, "Attend to at most this many latest positions; all when empty.", ge=1, le=MOST, fixed=True
+    )
+    input_dependent_fusion: bool = setting(
+        False,
+        "Whether each position has fusion weights of its own, from both paths' outputs; else two learned numbers a "
+        "layer, as in the paper.",
+        section="Fusion of the paths (eq. 3)", fixed=True,
+    )  # fmt: skip
+    use_moe: bool = setting(
+        True, "Ablation 'w/o MoE' when False.", section="Mixture of experts (section 3.1.5)", fixed=True
+    )
+    moe_level: Literal["sequence", "position"] = setting(
+        "sequence",
+        "What is routed. 'sequence': the fused representation of the history, as in the paper. 'position': each "
+        "position's embedding, before the paths.",
+        fixed=True,
+    )
+    n_experts: int = setting(8, "Number of experts.", "Paper.", ge=1, le=4096, fixed=True)
+    experts_per_token: int | None = setting(
+        None,
+        "How many experts a representation is routed to, those with the largest gate; all when empty, as in the paper.",
+        ge=1, le=4096, fixed=True,
+    )  # fmt: skip
+    diversity_weight: float = setting(
+        0.01, "Weight of the expert-diversity term; 0 is the ablation 'w/o diversity'.", ge=0, le=1000
+    )
+    balance_weight: float = setting(0.01, "Weight of the load-balance term; 0 leaves it out.", ge=0, le=1000)
+    loss_type: LossType = setting(
+        "CE", "The loss; all but CE draw negatives.", "Paper: BCE; released code: CE.", section="Training"
+    )
+
+    @model_validator(mode="after")
+    def _paths(self):
+        if not (self.use_ssm or self.use_pma):
+            raise ValueError("use_ssm and use_pma are both off: STARRec needs at least one of its two paths.")
+        if self.use_pma:
+            divides(self, "n_heads", "hidden_size", self.hidden_size)
+        threshold = self.similarity_threshold
+        if isinstance(threshold, list) and len(threshold) != self.n_heads:
+            raise ValueError(
+                f"similarity_threshold has {len(threshold)} values for n_heads {self.n_heads}: give one a head."
+            )
+        if self.experts_per_token is not None and self.experts_per_token > self.n_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}: choose a whole number from 1 to n_experts "
+                f"({self.n_experts}), or ~ for all."
+            )
+        if self.moe_level == "position" and self.train_mode == "prefix":
+            raise ValueError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
+        return self
+
+
+@register_model(STARRecSettings)
 class STARRec(PackedRecommender):
     """Attention and state-space paths, fused, then a mixture of experts.
 

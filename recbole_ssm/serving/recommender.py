@@ -28,7 +28,7 @@ from recbole_ssm.serving.histories import Histories, read_histories
 from recbole_ssm.serving.session import Session
 from recbole_ssm.serving.top_items import top_items
 from recbole_ssm.serving.vocabulary import Vocabulary
-from recbole_ssm.settings import FIXED
+from recbole_ssm.settings import fixed
 
 # Histories that a model of RecBole's reads at a time, padded.
 ROWS_AT_A_TIME = 256
@@ -123,7 +123,7 @@ class Recommender:
     def digest(self) -> str:
         """See the class."""
         found = hashlib.blake2b(digest_size=16)
-        given = {key: self.config.given[key] for key in sorted(FIXED & self.config.given.keys())}
+        given = {key: self.config.given[key] for key in sorted(fixed() & self.config.given.keys())}
         about = [self.config["model"], self.max_length, self.vocabulary.items.tolist(), given]
         found.update(json.dumps(about, default=str).encode())
         for name, weight in sorted(self.model.state_dict().items()):

@@ -10,28 +10,39 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.settings.models import (
     BACKENDS,
     CAUSAL_MODELS,
-    FIXED,
     LOGISTIC_LOSSES,
     LOSS_TYPES,
     SCHEMAS,
+    LossType,
     Ours,
     Recboles,
     RecbolesSequential,
+    TrainMode,
+    divides,
+    fixed,
 )
-from recbole_ssm.settings.schema import Common, Sequential, near
+from recbole_ssm.settings.schema import MOST, Common, Cosine, Sequential, Whole, near, setting
 from recbole_ssm.settings.text import sentence
 
 __all__ = [
     "BACKENDS",
     "CAUSAL_MODELS",
-    "FIXED",
     "LOGISTIC_LOSSES",
     "LOSS_TYPES",
+    "MOST",
     "SCHEMAS",
     "Common",
+    "Cosine",
+    "LossType",
+    "Ours",
+    "TrainMode",
+    "Whole",
     "check",
+    "divides",
+    "fixed",
     "near",
     "schema_of",
+    "setting",
     "unread",
 ]  # fmt: skip
 

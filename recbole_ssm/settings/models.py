@@ -1,10 +1,13 @@
-"""The settings of our models, of RecBole's that train on whole histories, and which class is whose."""
+"""What settings our models share, those of RecBole's that train on whole histories, and which class is whose.
+
+Our models' own stand beside each, and :func:`recbole_ssm.registry.register_model` adds them to :data:`SCHEMAS`.
+"""
 
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, model_validator
 
-from recbole_ssm.settings.schema import MOST, Common, Cosine, Sequential, Whole, setting
+from recbole_ssm.settings.schema import Common, Sequential, setting
 
 LossType = Literal["CE", "BCE", "BPR", "gBCE", "SampledSoftmax"]
 TrainMode = Literal["sequence", "prefix"]
@@ -122,7 +125,7 @@ class SASRec(Causal):
 
     @model_validator(mode="after")
     def _heads(self):
-        return _divides(self, "n_heads", "hidden_size", self.hidden_size)
+        return divides(self, "n_heads", "hidden_size", self.hidden_size)
 
 
 class GRU4Rec(Causal):
@@ -134,7 +137,12 @@ class GRU4Rec(Causal):
     dropout_prob: float = setting(0.3, "Dropout rate.", ge=0, lt=1)
 
 
-def _divides(settings: Any, name: str, of: str, whole: int) -> Any:
+def divides(settings: Any, name: str, of: str, whole: int) -> Any:
+    """``settings``, whose ``name`` divides ``whole``, which is called ``of``; for a validator's last line.
+
+    Raises:
+        ValueError: where it does not.
+    """
     if whole % getattr(settings, name):
         raise ValueError(f"{name} {getattr(settings, name)} does not divide {of} {whole}: choose one that does.")
     return settings
@@ -187,179 +195,6 @@ class Ours(OnePass):
         return self
 
 
-class Mamba4Rec(Ours):
-    """Mamba4Rec (arXiv 2403.03900). All values are the paper's settings for ml-1m."""
-
-    hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16, fixed=True)
-    num_layers: int = setting(
-        1, "Number of Mamba layers; with more than one they get residual connections.", ge=1, le=1024, fixed=True
-    )
-    dropout_prob: float = setting(0.2, "Dropout rate.", "Paper: 0.2 on ml-1m, 0.4 on the Amazon sets.", ge=0, lt=1)
-    d_state: int = setting(32, "SSM state expansion factor.", ge=1, le=4096, fixed=True)
-    d_conv: int = setting(4, "Local convolution width.", ge=1, le=8, fixed=True)
-    expand: int = setting(2, "Block expansion factor.", ge=1, le=64, fixed=True)
-    loss_type: LossType = setting("CE", "The loss; all but CE draw negatives.")
-
-
-class SSD4Rec(Ours):
-    """SSD4Rec (arXiv 2409.01192). 'released': the settings in the authors' code for ml-1m; for amazon-beauty and
-    amazon-video-games these are num_layers 1, dropout_prob 0.4, norm_embedding False and mask_ratio 0.2 and 0.1; for
-    kuairand num_layers 2, dropout_prob 0.2, norm_embedding True and mask_ratio 0.2.
-    """
-
-    hidden_size: int = setting(
-        256, "Number of features in the hidden state.", "Released.", section="Size", ge=1, le=2**16, fixed=True
-    )
-    num_layers: int = setting(2, "Number of Bi-SSD layers.", "Released.", ge=1, le=1024, fixed=True)
-    dropout_prob: float = setting(0.2, "Dropout rate.", "Released.", ge=0, lt=1)
-    norm_embedding: bool = setting(
-        True, "Whether embeddings pass dropout and LayerNorm first.", "Released.", fixed=True
-    )
-    var_len: bool = setting(
-        True,
-        "Variable-length sequences laid end to end; False pads each to MAX_ITEM_LIST_LENGTH with masks in front.",
-        "Released.", section="Input construction (section 3.2)", fixed=True,
-    )  # fmt: skip
-    mask_ratio: float = setting(
-        0.1, "rho, the share of input items masked in training; 0 is the ablation 'w/o mask'.", "Released.", ge=0, lt=1
-    )
-    d_state: int = setting(
-        64, "SSM state expansion factor.", "Released.", section="Bi-SSD layer (section 3.3)", ge=1, le=4096, fixed=True
-    )
-    d_conv: int = setting(4, "Local convolution width.", "Released.", ge=1, le=8, fixed=True)
-    expand: int = setting(2, "Block expansion factor.", "Released.", ge=1, le=64, fixed=True)
-    headdim: int = setting(
-        16, "Width of an SSD head; must divide expand * hidden_size.", "Released.", ge=1, le=2**16, fixed=True
-    )
-    bidirectional: bool = setting(True, "Ablation 'w/o bidirection' when False; the model is causal then.", fixed=True)
-    beta: float = setting(0.1, "Weight of the backward stream.", "Released.", ge=0, le=1000, fixed=True)
-    backward_stream: Literal["final", "aligned"] = setting(
-        "final",
-        "What a position receives from the backward scan. 'final': the last one receives the state after the whole "
-        "sequence in reverse. 'aligned': each receives what lies after it.",
-        "Released: 'final'.", fixed=True,
-    )  # fmt: skip
-    train_mode: TrainMode = setting(
-        "prefix",
-        "'prefix': a row for each target. 'sequence': whole histories, for num_layers: 1 or bidirectional: False; the "
-        "prefixes of a window share one draw of the mask then.",
-        section="Training",
-    )
-    train_batch_size: Whole = setting(1024, "Targets a step.", "Released.")
-    loss_type: LossType = setting("CE", "The loss; all but CE draw negatives.", "Released.")
-
-    @model_validator(mode="after")
-    def _sizes(self):
-        _divides(self, "headdim", "expand * hidden_size =", self.expand * self.hidden_size)
-        if self.train_mode == "sequence" and self.bidirectional and self.num_layers > 1:
-            raise ValueError(
-                "SSD4Rec with several layers that read both ways cannot learn from every position at once: set "
-                "num_layers: 1, bidirectional: False or train_mode: prefix."
-            )
-        if self.train_mode == "sequence" and not self.var_len:
-            raise ValueError("var_len: False pads a row for each target: set train_mode: prefix.")
-        return self
-
-
-class STARRec(Ours):
-    """STAR-Rec (arXiv 2505.03484). 'paper': its published settings. Where no source is named, the choice is ours."""
-
-    hidden_size: int = setting(
-        64, "Number of features in the hidden state.", "Paper: 128; 64 is what its baselines use.",
-        section="Size", ge=1, le=2**16, fixed=True,
-    )  # fmt: skip
-    num_layers: int = setting(
-        1, "Number of dual-path layers.", "Paper, table 4: one layer is best.", ge=1, le=1024, fixed=True
-    )
-    dropout_prob: float = setting(0.2, "Dropout rate.", "Paper.", ge=0, lt=1)
-    use_time_gaps: bool = setting(
-        False,
-        "Whether to add a learned embedding of the time since the interaction before, by powers of 2. Needs a real "
-        "clock; an open question of the paper.",
-        fixed=True,
-    )
-    use_position_embedding: bool = setting(
-        True,
-        "Whether to add a learned embedding of the position.",
-        "Paper, section 3.1.1; its released code has none.",
-        fixed=True,
-    )
-    use_ssm: bool = setting(
-        True, "Ablation 'w/o SSM' when False.", section="State-space path (section 3.1.3)", fixed=True
-    )
-    d_state: int = setting(32, "SSM state expansion factor.", "Paper.", ge=1, le=4096, fixed=True)
-    d_conv: int = setting(4, "Local convolution width.", "Paper.", ge=1, le=8, fixed=True)
-    expand: int = setting(2, "Block expansion factor.", "Paper.", ge=1, le=64, fixed=True)
-    use_pma: bool = setting(
-        True, "Ablation 'w/o PMA' when False.", section="Preference-aware attention path (section 3.1.2)", fixed=True
-    )
-    n_heads: int = setting(
-        8, "Number of attention heads; must divide hidden_size.", "Paper.", ge=1, le=2**16, fixed=True
-    )
-    use_similarity: bool = setting(True, "Ablation 'w/o similarity' when False: plain attention scores.", fixed=True)
-    similarity_threshold: Cosine | list[Cosine] = setting(
-        0.0, "Cosine below which two items count as unlike, for all heads or one a head.", "The released code's.",
-        allowed="a number from -1 to 1, or a list of one a head", fixed=True,
-    )  # fmt: skip
-    pma_residual: bool = setting(
-        True,
-        "Whether the path adds its input, as the released code does. With one layer that is the last item itself, "
-        "which then scores high.",
-        fixed=True,
-    )
-    attention_window: int | None = setting(
-        None, "Attend to at most this many latest positions; all when empty.", ge=1, le=MOST, fixed=True
-    )
-    input_dependent_fusion: bool = setting(
-        False,
-        "Whether each position has fusion weights of its own, from both paths' outputs; else two learned numbers a "
-        "layer, as in the paper.",
-        section="Fusion of the paths (eq. 3)", fixed=True,
-    )  # fmt: skip
-    use_moe: bool = setting(
-        True, "Ablation 'w/o MoE' when False.", section="Mixture of experts (section 3.1.5)", fixed=True
-    )
-    moe_level: Literal["sequence", "position"] = setting(
-        "sequence",
-        "What is routed. 'sequence': the fused representation of the history, as in the paper. 'position': each "
-        "position's embedding, before the paths.",
-        fixed=True,
-    )
-    n_experts: int = setting(8, "Number of experts.", "Paper.", ge=1, le=4096, fixed=True)
-    experts_per_token: int | None = setting(
-        None,
-        "How many experts a representation is routed to, those with the largest gate; all when empty, as in the paper.",
-        ge=1, le=4096, fixed=True,
-    )  # fmt: skip
-    diversity_weight: float = setting(
-        0.01, "Weight of the expert-diversity term; 0 is the ablation 'w/o diversity'.", ge=0, le=1000
-    )
-    balance_weight: float = setting(0.01, "Weight of the load-balance term; 0 leaves it out.", ge=0, le=1000)
-    loss_type: LossType = setting(
-        "CE", "The loss; all but CE draw negatives.", "Paper: BCE; released code: CE.", section="Training"
-    )
-
-    @model_validator(mode="after")
-    def _paths(self):
-        if not (self.use_ssm or self.use_pma):
-            raise ValueError("use_ssm and use_pma are both off: STARRec needs at least one of its two paths.")
-        if self.use_pma:
-            _divides(self, "n_heads", "hidden_size", self.hidden_size)
-        threshold = self.similarity_threshold
-        if isinstance(threshold, list) and len(threshold) != self.n_heads:
-            raise ValueError(
-                f"similarity_threshold has {len(threshold)} values for n_heads {self.n_heads}: give one a head."
-            )
-        if self.experts_per_token is not None and self.experts_per_token > self.n_experts:
-            raise ValueError(
-                f"experts_per_token is {self.experts_per_token}: choose a whole number from 1 to n_experts "
-                f"({self.n_experts}), or ~ for all."
-            )
-        if self.moe_level == "position" and self.train_mode == "prefix":
-            raise ValueError("moe_level: position learns from whole histories alone: set train_mode: sequence.")
-        return self
-
-
 class Named(BaseModel):
     """What settings of these names are in all of RecBole's models; their property files say which has which."""
 
@@ -388,13 +223,14 @@ class KD_DAGFM(Recboles):
     teacher: Literal["CrossNet", "CIN"] = setting("CrossNet", "Network to learn from.")
 
 
-OUR_MODELS: dict[str, type[Ours]] = {"STARRec": STARRec, "SSD4Rec": SSD4Rec, "Mamba4Rec": Mamba4Rec}
-SCHEMAS: dict[str, type[Common]] = {**OUR_MODELS, "SASRec": SASRec, "GRU4Rec": GRU4Rec, "KD_DAGFM": KD_DAGFM}
+SCHEMAS: dict[str, type[Common]] = {"SASRec": SASRec, "GRU4Rec": GRU4Rec, "KD_DAGFM": KD_DAGFM}
 
-# Names of what decides what a trained model computes, in any model.
-FIXED = {
-    name
-    for schema in SCHEMAS.values()
-    for name, field in schema.model_fields.items()
-    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["fixed"]
-}
+
+def fixed() -> set[str]:
+    """Names of what decides what a trained model computes, in any model."""
+    return {
+        name
+        for schema in SCHEMAS.values()
+        for name, field in schema.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["fixed"]
+    }

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from recbole_ssm.settings.models import CAUSAL_MODELS, OUR_MODELS, SCHEMAS, OnePass, Ours, Scheduled
+from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, OnePass, Ours, Scheduled
 from recbole_ssm.settings.schema import UNSUPPORTED, Common, near
 
 COLUMN = 32  # at which comments of property files begin
@@ -102,15 +102,31 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
     return next(models, None)
 
 
+def registered() -> dict[str, type[Ours]]:
+    """The settings of each model that was registered, by its name."""
+    return {name: schema for name, schema in SCHEMAS.items() if issubclass(schema, Ours)}
+
+
+def ours() -> dict[str, type[Ours]]:
+    """Those of this package's models, which have property files here."""
+    package = __name__.partition(".")[0]
+    return {name: schema for name, schema in registered().items() if schema.__module__.partition(".")[0] == package}
+
+
 def shared() -> list[str]:
     """Names of what our models share, above RecBole's: those of ``overall.yaml``."""
     names = [name for schema in (OnePass, Scheduled, Ours) for name in schema.__annotations__]
-    return [name for name in names if not all(name in model.__annotations__ for model in OUR_MODELS.values())]
+    return [name for name in names if not all(name in model.__annotations__ for model in ours().values())]
 
 
 def own(model: str) -> list[str]:
-    """Names of what stands in a model's property file."""
-    return list(SCHEMAS[model].__annotations__)
+    """Names of a model's settings that do not stand in ``overall.yaml``: what stands in its property file."""
+    schema = SCHEMAS[model]
+    if not issubclass(schema, Ours):
+        return list(schema.__annotations__)
+    classes = [one for one in reversed(schema.__mro__) if issubclass(one, Ours) and one is not Ours]
+    names = [name for one in classes for name in one.__annotations__]
+    return list(dict.fromkeys([*names, *(name for name in Ours.__annotations__ if name not in shared())]))
 
 
 def comment(field: FieldInfo, source: bool = True) -> str:
@@ -164,7 +180,7 @@ def property_files(folder: Path) -> dict[Path, str]:
             Ours, shared(), "Settings that all models of recbole-ssm share, above RecBole's own overall.yaml."
         )
     }
-    for name, schema in OUR_MODELS.items():
+    for name, schema in ours().items():
         title = textwrap.dedent("    " + (schema.__doc__ or "")).strip()
         files[folder / "model" / f"{name}.yaml"] = property_file(schema, own(name), title)
     for kind in ("dataset", "tuned", "search"):
@@ -197,18 +213,21 @@ def default(field: FieldInfo) -> str:
     return repr(value) if isinstance(value, str) and not value.strip() else _as_yaml(value)
 
 
-TABLES: dict[str, tuple[type[Common], list[str]]] = {
-    "our models'": (Ours, shared()),
-    **{f"{name}'s": (SCHEMAS[name], own(name)) for name in (*OUR_MODELS, *CAUSAL_MODELS)},
-    "RecBole's": (Common, [name for name, field in Common.model_fields.items() if field.description != UNSUPPORTED]),
-}
+def tables() -> dict[str, tuple[type[Common], list[str]]]:
+    """Which settings stand in a table, by its title."""
+    recboles = [name for name, field in Common.model_fields.items() if field.description != UNSUPPORTED]
+    return {
+        "our models'": (Ours, shared()),
+        **{f"{name}'s": (SCHEMAS[name], own(name)) for name in (*registered(), *CAUSAL_MODELS)},
+        "RecBole's": (Common, recboles),
+    }
 
 
 def with_tables(page: str) -> str:
     """A page of the docs with its tables, each between ``<!-- NAME settings -->`` and ``<!-- end -->``."""
 
     def written(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(*TABLES[match[2]])}{match[3]}"
+        return f"{match[1]}\n{table(*tables()[match[2]])}{match[3]}"
 
     return re.sub(r"(<!-- ([^\n]+) settings -->)\n.*?(<!-- end -->)", written, page, flags=re.DOTALL)
 
@@ -216,7 +235,7 @@ def with_tables(page: str) -> str:
 def help_text() -> str:
     """All settings of the schema for ``--help``."""
     lines = []
-    for title, (schema, names) in TABLES.items():
+    for title, (schema, names) in tables().items():
         lines += ["", f"{title} settings and their defaults:"]
         for name in names:
             field = schema.model_fields[name]

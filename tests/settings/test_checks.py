@@ -15,8 +15,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.ops.causal_conv import LONGEST_FILTER
 from recbole_ssm.quick_start import config_of, evaluate, load_data, train_and_test
 from recbole_ssm.registry import MODELS
-from recbole_ssm.settings.models import OUR_MODELS
-from recbole_ssm.settings.text import allowed
+from recbole_ssm.settings.text import allowed, ours
 
 from ..conftest import build, random_rows, small_config, write_dataset
 
@@ -367,13 +366,13 @@ def test_a_broken_config_file_is_one_sentence(content, monkeypatch, capsys):
 
 
 def test_bounds_are_those_of_the_ops():
-    assert {allowed(schema.model_fields["d_conv"]) for schema in OUR_MODELS.values()} == {
+    assert {allowed(schema.model_fields["d_conv"]) for schema in ours().values()} == {
         f"a whole number from 1 to {LONGEST_FILTER}"
     }
 
 
 def test_every_model_of_ours_has_a_schema():
-    assert list(OUR_MODELS) == list(MODELS)
+    assert list(ours()) == list(MODELS)
 
 
 def test_defaults_are_recboles():

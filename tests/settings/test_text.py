@@ -8,8 +8,7 @@ import yaml
 
 from recbole_ssm.cli.run_recbole import build_parser
 from recbole_ssm.config import properties_dir
-from recbole_ssm.settings.models import OUR_MODELS
-from recbole_ssm.settings.text import TABLES, allowed, default, property_files, shared, with_tables
+from recbole_ssm.settings.text import allowed, default, ours, property_files, shared, tables, with_tables
 
 REMEDY = "run python -m recbole_ssm.settings, which writes it from the schema"
 FILES = property_files(properties_dir())
@@ -28,22 +27,22 @@ def test_every_property_file_is_held_to_the_schema():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_shipped_setting_is_in_the_schema(file):
     """So that none of their comments is left as somebody wrote it."""
-    known = {name for schema, _ in TABLES.values() for name in schema.model_fields}
+    known = {name for schema, _ in tables().values() for name in schema.model_fields}
     assert set(yaml.safe_load(file.read_text(encoding="utf-8"))) <= known
 
 
 def test_docs():
     page = PAGE.read_text(encoding="utf-8")
     assert page == with_tables(page), REMEDY
-    assert set(re.findall(r"<!-- (.+) settings -->", page)) == set(TABLES)
-    for name in (*shared(), *OUR_MODELS["STARRec"].__annotations__, "eval_args"):
+    assert set(re.findall(r"<!-- (.+) settings -->", page)) == set(tables())
+    for name in (*shared(), *ours()["STARRec"].__annotations__, "eval_args"):
         assert f"\n| `{name}` | `" in page
 
 
 def test_help():
     """It gives each setting's default, meaning and values, whatever the lines are wrapped to."""
     words = " ".join(build_parser().format_help().split())
-    for schema, names in TABLES.values():
+    for schema, names in tables().values():
         for name in names:
             field = schema.model_fields[name]
             said = f"--{name}={default(field)} {field.description} Values: {allowed(field)}."
@@ -52,8 +51,8 @@ def test_help():
 
 
 def test_all_three_follow_the_schema(monkeypatch):
-    monkeypatch.setattr(OUR_MODELS["Mamba4Rec"].model_fields["d_conv"], "description", "Another meaning.")
-    monkeypatch.setattr(OUR_MODELS["Mamba4Rec"].model_fields["d_conv"], "default", 3)
+    monkeypatch.setattr(ours()["Mamba4Rec"].model_fields["d_conv"], "description", "Another meaning.")
+    monkeypatch.setattr(ours()["Mamba4Rec"].model_fields["d_conv"], "default", 3)
     file = property_files(properties_dir())[properties_dir() / "model" / "Mamba4Rec.yaml"]
     assert re.search(r"^d_conv: 3 +# \(int\) Another meaning\.", file, re.MULTILINE)
     page = with_tables(PAGE.read_text(encoding="utf-8"))
