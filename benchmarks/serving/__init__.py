@@ -10,13 +10,14 @@ from typing import Any
 
 from benchmarks.environment import environment, slug
 from benchmarks.report import versions, write_section
-from benchmarks.serving import answers, events
+from benchmarks.serving import answers, events, rules
 
 ROOT = Path(__file__).parents[2]
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "events": events.measure,
     "answers": answers.measure,
+    "rules": rules.measure,
 }
 
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--users", nargs="+", type=int, default=[1, 64], help="at a time")
     parser.add_argument("--rounds", type=int, default=200, help="of all contenders, one after the other")
     parser.add_argument("--seconds", type=float, default=30.0, help="at most, of a case's rounds")
+    rules.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/serving-<device>.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="page with the tables")
     parser.set_defaults(run=main)
