@@ -13,6 +13,7 @@ import torch
 import yaml
 from recbole.utils import InputType, ModelType, get_trainer
 
+from recbole_ssm.data.context import columns_of
 from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import MODELS, list_models
@@ -286,6 +287,7 @@ class Config(recbole.config.Config):
         self.schema = schema_of(self.model, self.model in MODELS, sequential, own_trainer)
         self._refuse_unread(self._asked_for())
         check(self.schema, {**final, "model": self.model})
+        columns_of(self.model_class, final)
         if self.model in MODELS:
             return
         input_type, negatives = getattr(self.model_class, "input_type", None), final["train_neg_sample_args"]

@@ -44,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     seen.add_argument("--include_seen", dest="exclude_seen", action="store_false", help="recommend them, too")
     parser.add_argument("--candidates", metavar="FILE", help="recommend these items alone, an item a line")
+    parser.add_argument(
+        "--at", type=float, metavar="TIME",
+        help="the time at which recommendations are asked for, for a model with request_time: known",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--batch_users", type=int, default=4096, help="most users answered at a time (default: 4096)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: as many as it has cores)")
@@ -87,6 +91,7 @@ def _recommend(args: argparse.Namespace) -> None:
         args.lists,
         args.batch_users,
         show_progress=True,
+        at=args.at,
     )
     print(
         f"{done.rows} recommendations for {done.answered} of {done.users} users in {args.output} "

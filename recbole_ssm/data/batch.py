@@ -22,7 +22,7 @@ class SequenceBatch:
     """``N`` windows of users' histories laid end to end, and the targets to predict from some of their positions.
 
     Attributes:
-        items: item ids, int64 ``[T]``; with ``use_time_gaps`` their time gaps beside them, ``[T, 2]``.
+        items: item ids, int64 ``[T]``; with ``C`` columns of time (:mod:`recbole_ssm.data.context`) ``[T, 1 + C]``.
         cu_seqlens: borders of the windows, int32 ``[N+1]`` (see :mod:`recbole_ssm.ops.packing`).
         target_rows: rows whose next item is a target of this step, int64 ``[M]``; the other rows are context.
         targets: the items to predict there, int64 ``[M]``.
@@ -50,7 +50,7 @@ class SequenceBatch:
         """Pack right-padded rows, whose last item is followed by the target.
 
         Args:
-            items: ``[N, L]`` or, with time gaps, ``[N, L, 2]``.
+            items: ``[N, L]`` or, with columns of time, ``[N, L, 1 + C]``.
             lengths: integer ``[N]``, each at least 1.
             targets: int64 ``[N]``.
             negatives: int64 ``[N, K]``.

@@ -12,7 +12,9 @@ from recbole.utils import dataset_arguments, set_color
 from recbole.utils.enum_type import FeatureSource, FeatureType
 
 from recbole_ssm.checkpoint import load_checkpoint, save_checkpoint
+from recbole_ssm.data.context import columns_of
 from recbole_ssm.errors import UserError
+from recbole_ssm.registry import model_class
 
 # What a dataset is made by, beside RecBole's dataset_arguments.
 OWN_ARGUMENTS = ("seed", "repeatable", "time_order", "encoding")
@@ -23,7 +25,8 @@ ENUMS = {cls.__name__: cls for cls in (FeatureSource, FeatureType)}
 def made_by(config) -> dict[str, str]:
     """The settings that filtered data depend on, in a form that can be compared."""
     settings = {key: repr(config[key]) for key in [*dataset_arguments, *OWN_ARGUMENTS]}
-    return {**settings, "use_time_gaps": repr(bool(config["use_time_gaps"])), "dataset": repr(config["dataset"])}
+    columns = columns_of(model_class(config), config)
+    return {**settings, "time columns": repr(columns), "dataset": repr(config["dataset"])}
 
 
 def save_dataset(dataset: Any, file: str | Path) -> None:

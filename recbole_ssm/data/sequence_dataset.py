@@ -9,24 +9,10 @@ from recbole.utils.enum_type import FeatureSource, FeatureType
 from scipy.sparse import coo_matrix
 
 from recbole_ssm.data.atomic_files import AtomicFiles
+from recbole_ssm.data.context import columns_of, not_a_clock, time_columns
 from recbole_ssm.data.reading import EXACT_NUMBERS, REPEATED_NAMES
 from recbole_ssm.errors import UserError
-
-# Time gaps are told apart by powers of 2 of the timestamp's unit; 0 is that before a user's first interaction.
-N_TIME_GAPS = 65
-
-
-def time_gaps(time: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Bucket of the time that passed since the interaction before: ``1 + floor(log2(1 + gap))``, int64 ``[n]``.
-
-    Args:
-        time: sorted by user and time, ``[n]``.
-        first: rows at which a user's history begins.
-    """
-    gap = np.maximum(0, np.diff(time.astype(np.float64), prepend=0.0))
-    bucket = np.minimum(1 + np.floor(np.log2(1 + gap)), N_TIME_GAPS - 1).astype(np.int64)
-    bucket[first] = 0
-    return bucket
+from recbole_ssm.registry import model_class
 
 
 class _Rows(Interaction):
@@ -49,18 +35,19 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         sorted_items: all interactions' item ids by user and time, int64 ``[n]``.
         user_start: where the history of each interaction's user begins in ``sorted_items``, int64 ``[n]``.
         longest_row: most items of a row's history, and so the width of padded rows.
-        sorted_gaps: see :func:`time_gaps`; none but with ``use_time_gaps``.
+        sorted_columns: what the model reads of their times (:mod:`recbole_ssm.data.context`), int64 ``[n, C]``; or
+            none.
     """
 
-    TIME_GAPS = "time_gap_list"  # the column of rows that holds their history's time gaps
+    TIME_COLUMNS = "time_columns_list"  # of rows: what the model reads of their history's times, ``[B, L, C]``
     TARGET_POSITION = "target_position"  # the column of inter_feat that points into sorted_items
 
     sorted_items: torch.Tensor
     user_start: torch.Tensor
     longest_row: int
-    sorted_gaps: torch.Tensor | None
+    sorted_columns: torch.Tensor | None
 
-    own_columns = (TIME_GAPS, TARGET_POSITION)
+    own_columns = (TIME_COLUMNS, TARGET_POSITION)
 
     def _kind(self, name, ftype, source):
         """As before, but names of interactions are kept once each, and times exactly."""
@@ -117,8 +104,7 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         self._report_short_users(sizes)
         user_start = np.repeat(first, sizes)
         self.sorted_items = self.inter_feat[self.iid_field]
-        gaps = time_gaps(self._exact_time[order], first) if self.config["use_time_gaps"] else None
-        self.sorted_gaps = gaps if gaps is None else torch.from_numpy(gaps)
+        self.sorted_columns = self._columns(self._exact_time[order], first)
         self.user_start = torch.from_numpy(user_start)
 
         targets = np.flatnonzero(np.arange(len(users)) > user_start)
@@ -128,6 +114,14 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         pointers = {self.item_list_length_field: length, self.TARGET_POSITION: targets}
         rows.update(Interaction({field: torch.from_numpy(values) for field, values in pointers.items()}))
         self.inter_feat, self._exact_time = rows, None
+
+    def _columns(self, time: np.ndarray, first: np.ndarray) -> torch.Tensor | None:
+        names = columns_of(model_class(self.config), self.config)
+        if not names:
+            return None
+        if words := not_a_clock(names, time):
+            self.logger.warning(f"The times of {self.dataset_name}, {words}.")
+        return torch.from_numpy(time_columns(names, time, first))
 
     def _report_short_users(self, sizes: np.ndarray) -> None:
         single = int((sizes == 1).sum())
@@ -193,8 +187,8 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         real = column < length[..., None]
         item_list = self.iid_field + self.config["LIST_SUFFIX"]
         rows.update(Interaction({item_list: self.sorted_items[places] * real}))
-        if self.sorted_gaps is not None:
-            rows.update(Interaction({self.TIME_GAPS: self.sorted_gaps[places] * real}))
+        if self.sorted_columns is not None:
+            rows.update(Interaction({self.TIME_COLUMNS: self.sorted_columns[places] * real[..., None]}))
         return rows
 
     def inter_matrix(self, form="coo", value_field=None):

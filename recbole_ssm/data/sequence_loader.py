@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.context import beside
 from recbole_ssm.data.negatives import check_shares
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.distributed import own_rows, shard, world_size
@@ -130,9 +131,8 @@ class SequenceDataLoader(DataLoader):
         target_rows = is_read.nonzero()[:, 0]
         items = self._dataset.sorted_items
         targets = items[place[target_rows] + 1]
-        gaps, items = self._dataset.sorted_gaps, items[place]
-        if gaps is not None:
-            items = torch.stack([items, gaps[place]], -1)
+        columns = self._dataset.sorted_columns
+        items = beside(items[place], None if columns is None else columns[place])
         return SequenceBatch(items, cu_seqlens, target_rows, targets, self._sample(targets), weight=float(weight))
 
     def _sample(self, targets: Tensor) -> Tensor | None:

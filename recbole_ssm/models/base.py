@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.context import beside, column, columns_of, switched_on
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.distributed import weight_of
 from recbole_ssm.errors import UserError
@@ -35,12 +36,13 @@ class PackedRecommender(SequentialRecommender):
 
     Attributes:
         one_pass: whether one pass over a sequence gives the hidden state after each of its prefixes.
-        use_time_gaps: whether items come with the time gap before each, as a second column.
+        columns: names of what is read of events' times, in the order in which they stand beside the ids of ``items``
+            (:mod:`recbole_ssm.data.context`).
         fillable: whether inert rows leave the loss as it is (:meth:`SequenceBatch.filled`).
     """
 
     one_pass = True
-    use_time_gaps = False
+    columns: tuple[str, ...] = ()
     fillable = True
     item_embedding: nn.Embedding
 
@@ -55,12 +57,48 @@ class PackedRecommender(SequentialRecommender):
         self.label_smoothing, self.temperature = config["label_smoothing"], config["temperature"]
         self.n_negatives = config["train_neg_sample_args"]["sample_num"]
         self.hidden_size = config["hidden_size"]
+        self.columns, self._embedded = columns_of(type(self), config), switched_on(config)
+
+    @classmethod
+    def time_columns(cls, config) -> tuple[str, ...]:
+        """Names of the columns of time that the model reads as it is set (:data:`recbole_ssm.data.context.COLUMNS`).
+
+        A model that reads more than the settings of all models switch on adds them:
+        ``(*super().time_columns(config), "gap")``.
+        """
+        return switched_on(config)
+
+    def ids(self, items: Tensor) -> Tensor:
+        """Item ids ``[...]`` of what :meth:`encode` is given."""
+        return items[..., 0] if self.columns else items
+
+    def column(self, items: Tensor, name: str) -> Tensor:
+        """A column of time ``[...]``, int64, of what :meth:`encode` is given; one of :attr:`columns`."""
+        return items[..., 1 + self.columns.index(name)]
+
+    def make_time_embeddings(self) -> None:
+        """Make what :meth:`embed` adds, an embedding a column; for ``__init__``, after the model's other embeddings."""
+        for name in self._embedded:
+            kinds = column(name).kinds
+            assert kinds is not None
+            self.add_module(_embedding_of(name), nn.Embedding(kinds, self.hidden_size))
+
+    def embed(self, items: Tensor) -> Tensor:
+        """What the first layer reads of ``items``, ``[T, d]``: the item's embedding, and those of its columns."""
+        return self.with_times(self.item_embedding(self.ids(items)), items)
+
+    def with_times(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """``hidden [T, d]`` and the embeddings of the columns of ``items`` that are switched on."""
+        for name in self._embedded:
+            hidden = hidden + self.get_submodule(_embedding_of(name))(self.column(items, name))
+        return hidden
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """Hidden states of packed sequences.
 
         Args:
-            items: item ids, int64 ``[T]``; with ``use_time_gaps`` their time gaps beside them, ``[T, 2]``.
+            items: item ids, int64 ``[T]``; with :attr:`columns` these beside them, ``[T, 1 + C]``: see :meth:`ids`,
+                :meth:`column` and :meth:`embed`.
             cu_seqlens: borders of the sequences, int32 ``[S+1]``.
             read: rows whose hidden state is wanted, int64 ``[R]``; all where absent.
             last: promise that ``read`` is the last row of every sequence.
@@ -93,7 +131,7 @@ class PackedRecommender(SequentialRecommender):
         """One more item of each of ``S`` sequences; for inference.
 
         Args:
-            items: int64 ``[S]``; with ``use_time_gaps`` ``[S, 2]``.
+            items: int64 ``[S]``; with :attr:`columns` ``[S, 1 + C]``.
             state: as of :meth:`prefill`; it is left as it is.
 
         Returns:
@@ -160,7 +198,7 @@ class PackedRecommender(SequentialRecommender):
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Representation of each right-padded sequence: ids ``[B, L]`` and lengths ``[B]`` to ``[B, d]``.
 
-        With ``use_time_gaps`` ids and time gaps, ``[B, L, 2]``.
+        With :attr:`columns` these beside the ids, ``[B, L, 1 + C]``.
         """
         item_seq, lengths = item_seq.cpu(), item_seq_len.cpu()
         return self._represent(self._pack_rows(item_seq, lengths, targets=lengths.new_zeros(lengths.shape)))
@@ -227,9 +265,16 @@ class PackedRecommender(SequentialRecommender):
         return self.read_out(self._encode_last(batch))
 
     def _history(self, interaction: Interaction) -> Tensor:
-        """Item ids of padded rows, ``[B, L]``; with time gaps ``[B, L, 2]``."""
+        """Item ids of padded rows, ``[B, L]``; with :attr:`columns` ``[B, L, 1 + C]``."""
         items = interaction[self.ITEM_SEQ]
-        return torch.stack([items, interaction[SequenceDataset.TIME_GAPS]], -1) if self.use_time_gaps else items
+        if not self.columns:
+            return items
+        if SequenceDataset.TIME_COLUMNS not in interaction:
+            raise UserError(
+                f"{type(self).__name__}, as it is set, reads times, which rows that are made beforehand "
+                "(benchmark_filename) do not have: give one .inter file."
+            )
+        return beside(items, interaction[SequenceDataset.TIME_COLUMNS])
 
     def _encode_last(self, batch: SequenceBatch) -> Tensor:
         """Hidden state at the last item of each window of a ``last`` batch, ``[N, d]``.
@@ -257,6 +302,11 @@ class PackedRecommender(SequentialRecommender):
     def _encode_block(self, batch: SequenceBatch) -> Tensor:
         batch = batch.to(self.item_embedding.weight.device)
         return self.encode(batch.items, batch.cu_seqlens, read=batch.target_rows, last=True)
+
+
+def _embedding_of(column: str) -> str:
+    """The attribute that embeds a column; checkpoints name weights by it."""
+    return column.replace("gap_bucket", "time_gap") + "_embedding"
 
 
 def init_weights(module: nn.Module) -> None:

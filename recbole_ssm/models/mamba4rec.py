@@ -36,6 +36,7 @@ class Mamba4Rec(PackedRecommender):
         super().__init__(config, dataset)
         size, dropout_prob, n_layers = self.hidden_size, config["dropout_prob"], config["num_layers"]
         self.item_embedding = nn.Embedding(self.n_items, size)
+        self.make_time_embeddings()
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(size, eps=1e-12)
         self.mamba_layers = nn.ModuleList(
@@ -50,7 +51,7 @@ class Mamba4Rec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        hidden = self.norm(self.dropout(self.item_embedding(items)))
+        hidden = self.norm(self.dropout(self.embed(items)))
         final = len(self.mamba_layers) - 1
         for i, (mamba, feed_forward) in enumerate(zip(self.mamba_layers, self.feed_forwards, strict=True)):
             hidden = feed_forward(mamba(hidden, cu_seqlens, *((read, last) if i == final else ())))
@@ -72,7 +73,7 @@ class Mamba4Rec(PackedRecommender):
         return self._carry(items, None, states)
 
     def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
-        hidden = self.norm(self.item_embedding(items))
+        hidden = self.norm(self.embed(items))
         after: dict[int, dict[str, Tensor]] = {}
         blocks: Any = zip(self.mamba_layers, self.feed_forwards, strict=True)
         for i, (mamba, feed_forward) in enumerate(blocks):

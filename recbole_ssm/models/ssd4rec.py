@@ -172,6 +172,7 @@ class SSD4Rec(PackedRecommender):
         self.bidirectional = config["bidirectional"]
         self.one_pass = self.var_len and (config["num_layers"] == 1 or not self.bidirectional)
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)  # row 0 embeds the mask
+        self.make_time_embeddings()
         self.dropout = nn.Dropout(config["dropout_prob"])
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12) if config["norm_embedding"] else None
         self.layers = nn.ModuleList(BiSSDLayer(config) for _ in range(config["num_layers"]))
@@ -185,8 +186,8 @@ class SSD4Rec(PackedRecommender):
             items, cu_seqlens = self._fix_length(items, cu_seqlens)
             read = last_rows(cu_seqlens)
         if self.training and self.mask_ratio:
-            items = items.masked_fill(torch.rand(items.shape, device=items.device) < self.mask_ratio, MASK_ITEM)
-        hidden = self.item_embedding(items)
+            items = self._masked(items)
+        hidden = self.embed(items)
         if self.norm is not None:
             hidden = self.norm(self.dropout(hidden))
         streams = both_ways(cu_seqlens) if self.bidirectional and (last or not self.one_pass) else None
@@ -210,7 +211,7 @@ class SSD4Rec(PackedRecommender):
         return self._carry(items, None, states)
 
     def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
-        hidden = self.item_embedding(items)
+        hidden = self.embed(items)
         if self.norm is not None:
             hidden = self.norm(hidden)
         after: dict[int, dict[str, Tensor]] = {}
@@ -224,9 +225,16 @@ class SSD4Rec(PackedRecommender):
         """See :meth:`PackedRecommender.items_read`; with ``var_len`` off each row has the maximum length."""
         return item_seq_len if self.var_len else torch.full_like(item_seq_len, self.max_seq_length)
 
+    def _masked(self, items: Tensor) -> Tensor:
+        """A share ``rho`` of the items masked; their times stay."""
+        ids = self.ids(items)
+        masked = ids.masked_fill(torch.rand(ids.shape, device=ids.device) < self.mask_ratio, MASK_ITEM)
+        return torch.cat([masked[:, None], items[:, 1:]], 1) if self.columns else masked
+
     def _fix_length(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """The fixed-length input that the paper compares with: masks in front, up to the maximum length."""
         reversed_items = pad(items[flip_rows(cu_seqlens)], cu_seqlens)
         missing = self.max_seq_length - reversed_items.shape[1]
-        fixed = nn.functional.pad(reversed_items, (0, max(0, missing)), value=MASK_ITEM).flip(1)
-        return fixed.flatten(), equal_lengths(*fixed.shape, items.device)
+        per_item = (0, 0) * (items.dim() - 1)
+        fixed = nn.functional.pad(reversed_items, (*per_item, 0, max(0, missing)), value=MASK_ITEM).flip(1)
+        return fixed.flatten(0, 1), equal_lengths(*fixed.shape[:2], items.device)

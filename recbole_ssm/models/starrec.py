@@ -11,7 +11,6 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from recbole_ssm.data.sequence_dataset import N_TIME_GAPS
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
@@ -116,12 +115,6 @@ class STARRecSettings(Ours):
         1, "Number of dual-path layers.", "Paper, table 4: one layer is best.", ge=1, le=1024, fixed=True
     )
     dropout_prob: float = setting(0.2, "Dropout rate.", "Paper.", ge=0, lt=1)
-    use_time_gaps: bool = setting(
-        False,
-        "Whether to add a learned embedding of the time since the interaction before, by powers of 2. Needs a real "
-        "clock; an open question of the paper.",
-        fixed=True,
-    )
     use_position_embedding: bool = setting(
         True,
         "Whether to add a learned embedding of the position.",
@@ -218,8 +211,7 @@ class STARRec(PackedRecommender):
         self.position_embedding = (
             nn.Embedding(self.max_seq_length, self.hidden_size) if config["use_position_embedding"] else None
         )
-        self.use_time_gaps = config["use_time_gaps"]
-        self.time_gap_embedding = nn.Embedding(N_TIME_GAPS, self.hidden_size) if self.use_time_gaps else None
+        self.make_time_embeddings()
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         n_layers = config["num_layers"]
@@ -237,8 +229,7 @@ class STARRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        ids = items[:, 0] if self.use_time_gaps else items
-        item_embedding = self.item_embedding(ids)
+        item_embedding = self.item_embedding(self.ids(items))
         hidden = self._input(items, item_embedding, positions(cu_seqlens))
         if self.mixture is not None and self.routes_positions:
             mixed = self.mixture(hidden)
@@ -252,9 +243,7 @@ class STARRec(PackedRecommender):
         hidden = item_embedding
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position)
-        if self.time_gap_embedding is not None:
-            hidden = hidden + self.time_gap_embedding(items[:, 1])
-        return self.norm(self.dropout(hidden))
+        return self.norm(self.dropout(self.with_times(hidden, items)))
 
     @property
     def steps(self) -> bool:
@@ -281,7 +270,7 @@ class STARRec(PackedRecommender):
         return hidden, {"position": position + 1, **of_layers(states)}
 
     def _start(self, items: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        item_embedding = self.item_embedding(items[:, 0] if self.use_time_gaps else items)
+        item_embedding = self.item_embedding(self.ids(items))
         hidden = self._input(items, item_embedding, position)
         if self.mixture is not None and self.routes_positions:
             hidden = self.mixture(hidden).output

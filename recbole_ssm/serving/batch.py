@@ -34,10 +34,11 @@ import torch
 from tqdm import tqdm
 
 from recbole_ssm.checkpoint import lock
+from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
 from recbole_ssm.places import check_file, check_folder, writing
 from recbole_ssm.serving.approximate import ApproximateIndex, overlap
-from recbole_ssm.serving.histories import Histories, histories_of
+from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
 from recbole_ssm.serving.partition import MOST_PARTS, read_part, whole, write_spill
 from recbole_ssm.serving.recommender import Recommender
 from recbole_ssm.serving.tables import Interactions
@@ -102,6 +103,7 @@ def recommend_all(
     lists_searched: int = 64,
     batch_users: int = 4096,
     show_progress: bool = False,
+    at: float | None = None,
 ) -> Summary:
     """Write the items that are most likely to come next for each user of a file.
 
@@ -122,6 +124,7 @@ def recommend_all(
         lists_searched: of that index.
         batch_users: most users answered at a time.
         show_progress: whether bars are drawn on the standard error.
+        at: the time at which recommendations are asked for, where the model reads it.
 
     Raises:
         UserError: for an input that cannot be read, or an option that makes no sense.
@@ -132,9 +135,13 @@ def recommend_all(
     for name, number in (("k", k), ("batch_users", batch_users)):
         if number < 1:
             raise UserError(f"{name} is {number}: choose a whole number from 1.")
+    if at is None and reads_request(recommender.time_columns):
+        raise UserError(f"{ASK_WITH_TIME[:-1]} by --at.")
+    if at is not None and not np.isfinite(at):
+        raise UserError(f"at is {at}: give a finite number.")
     vocabulary, config = recommender.vocabulary, recommender.config
     fields = (vocabulary.uid_field, vocabulary.iid_field, config["TIME_FIELD"])
-    interactions = Interactions(Path(input), fields, recommender.wants_gaps, config["field_separator"])
+    interactions = Interactions(Path(input), fields, bool(recommender.time_columns), config["field_separator"])
     columns = recommender.columns(candidates)
     if not len(columns):
         raise UserError("none of the candidates is known to the model: name items that it was trained on.")
@@ -146,13 +153,14 @@ def recommend_all(
         "model": recommender.digest,
         "k": k,
         "exclude_seen": exclude_seen,
+        "at": at,
         "candidates": hashlib.blake2b(columns.tobytes(), digest_size=16).hexdigest(),
         "index": [index, lists_searched] if index == "faiss" else [index],
     }
     place = _Place(output)
     with place.held():
         state = place.begin(job, min(MOST_PARTS, -(-interactions.size // BYTES_OF_A_PART)))
-        answers = _Answers(recommender, columns, k, exclude_seen, batch_users)
+        answers = _Answers(recommender, columns, k, exclude_seen, batch_users, at)
         if index == "faiss":
             answers.index = ApproximateIndex(recommender, columns, lists_searched)
         if not state.all_read:
@@ -280,12 +288,27 @@ class _Place:
 class _Answers:
     """Answers for users, a batch at a time."""
 
-    def __init__(self, recommender: Recommender, columns: np.ndarray, k: int, exclude_seen: bool, batch_users: int):
+    def __init__(
+        self, recommender: Recommender, columns: np.ndarray, k: int, exclude_seen: bool, batch_users: int,
+        at: float | None,
+    ):  # fmt: skip
         self.recommender, self.columns, self.k, self.exclude_seen = recommender, columns, k, exclude_seen
+        self._at = at
         self.index: ApproximateIndex | None = None
         self.sampled, self.overlap = 0, (0, 0)
         self._users_at_a_time = max(1, min(batch_users, ANSWERS_AT_A_TIME // min(k, len(columns))))
         self._tokens = pa.array(recommender.vocabulary.items.tolist(), pa.string())
+
+    def histories(self, rows: pa.Table) -> tuple[pa.Array, Histories]:
+        """The users of a part in the order in which they first come, and their histories in the order of time."""
+        encoded = rows.column("user").combine_chunks().dictionary_encode()
+        users, of_user = encoded.dictionary, encoded.indices.to_numpy()
+        times = rows.column("time").to_numpy() if "time" in rows.column_names else None
+        order = np.argsort(of_user, kind="stable") if times is None else np.lexsort((times, of_user))
+        ids = rows.column("item").to_numpy().astype(np.int64)[order]
+        when = times if times is None else times[order]
+        at = None if self._at is None else np.full(len(users), self._at)
+        return users, histories_of(ids, of_user[order], len(users), when, self.recommender.time_columns, at)
 
     def of(self, users: pa.Array, histories: Histories) -> Iterator[tuple[pa.Table, int]]:
         """Tables of :data:`SCHEMA`, and how many items were read for each."""
@@ -358,7 +381,7 @@ def _read(
 def _answer(answers: _Answers, place: _Place, state: _State, show_progress: bool) -> None:
     """Write each part that no run before has written."""
     spills = [place.spill(number) for number in range(state.spills)]
-    wants_gaps, users_answered, begun = answers.recommender.wants_gaps, 0, time.monotonic()
+    users_answered, begun = 0, time.monotonic()
     with _bar("recommending", state.rows, " rows", show_progress) as bar:
         for number in range(state.parts):
             path = place.part(number)
@@ -366,7 +389,7 @@ def _answer(answers: _Answers, place: _Place, state: _State, show_progress: bool
                 bar.update(_about(path)["read"])
                 continue
             rows = read_part(spills, number, state.columns)
-            users, histories = _histories(rows, wants_gaps)
+            users, histories = answers.histories(rows)
             answered = 0
             with writing(path, REMEDY), whole(path) as scratch, pa.parquet.ParquetWriter(scratch, SCHEMA) as writer:
                 for table, items in answers.of(users, histories):
@@ -384,17 +407,6 @@ def _about(part: Path) -> dict[str, int]:
     """What a part's file says of itself: its users, those answered, and the interactions read."""
     metadata = pa.parquet.read_metadata(part).metadata
     return {name: int(metadata[name.encode()]) for name in ("users", "answered", "read")}
-
-
-def _histories(rows: pa.Table, wants_gaps: bool) -> tuple[pa.Array, Histories]:
-    """The users of a part in the order in which they first come, and their histories in the order of time."""
-    encoded = rows.column("user").combine_chunks().dictionary_encode()
-    users, of_user = encoded.dictionary, encoded.indices.to_numpy()
-    times = rows.column("time").to_numpy() if "time" in rows.column_names else None
-    order = np.argsort(of_user, kind="stable") if times is None else np.lexsort((times, of_user))
-    ids = rows.column("item").to_numpy().astype(np.int64)[order]
-    when = times if times is None else times[order]
-    return users, histories_of(ids, of_user[order], len(users), when, wants_gaps)
 
 
 def _bar(description: str, total: int | None, unit: str, shown: bool) -> tqdm:

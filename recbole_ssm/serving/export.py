@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_ssm.config import FILE_SETTINGS, PROCESS_SETTINGS
+from recbole_ssm.data.context import beside, column
 from recbole_ssm.errors import UserError
 from recbole_ssm.places import writing
 from recbole_ssm.serving.histories import Histories
@@ -47,16 +48,18 @@ class Scoring(nn.Module):
         super().__init__()
         self.model, self.packs, self.item_num = model, packs, item_num
 
-    def forward(self, items: Tensor, lengths: Tensor, gaps: Tensor | None = None) -> Tensor:
-        """For ids ``[B, L]``, the items of each history in its first ``lengths [B]`` places."""
+    def forward(self, items: Tensor, lengths: Tensor, columns: Tensor | None = None) -> Tensor:
+        """For ids ``[B, L]``, the items of each history in its first ``lengths [B]`` places.
+
+        Columns of time are ``[B, L, C]``.
+        """
         if not self.packs:  # RecBole's own, whose rows are padded
             return self._scores(self.model(items, lengths), self.model.item_embedding.weight)
         from recbole_ssm.serving.padded import padded_borders
 
         count, longest = items.shape
         last = torch.arange(count) * longest + lengths - 1
-        columns = items if gaps is None else torch.stack([items, gaps], -1)
-        hidden = self.model.encode(columns.flatten(0, 1), padded_borders(lengths, longest), read=last)
+        hidden = self.model.encode(beside(items, columns).flatten(0, 1), padded_borders(lengths, longest), read=last)
         return self.of_hidden(hidden)
 
     def of_hidden(self, hidden: Tensor) -> Tensor:
@@ -75,21 +78,20 @@ class Step(nn.Module):
         super().__init__()
         self.scoring, self.names = scoring, names
 
-    def forward(self, state: list[Tensor], items: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, ...]:
-        """For states ``[B, ...]`` in the order of their names and ids ``[B]``."""
-        columns = items if gaps is None else torch.stack([items, gaps], -1)
-        hidden, after = self.scoring.model.step(columns, dict(zip(self.names, state, strict=True)))
+    def forward(self, state: list[Tensor], items: Tensor, columns: Tensor | None = None) -> tuple[Tensor, ...]:
+        """For states ``[B, ...]`` in the order of their names, ids ``[B]`` and columns ``[B, C]``."""
+        hidden, after = self.scoring.model.step(beside(items, columns), dict(zip(self.names, state, strict=True)))
         return self.scoring.of_hidden(hidden), *(after[name] for name in self.names)
 
 
 def export(recommender: "Recommender", folder: str | Path, overwrite: bool = False) -> None:
     """Write a recommender as files that ONNX Runtime and NumPy run, all of them or none.
 
-    - ``scoring.onnx``: ``items`` ``[B, L]`` and ``lengths`` ``[B]`` (and ``gaps`` ``[B, L]`` where the model reads
-      time gaps), int64, to ``scores`` ``[B, n_items]``, float32, for any ``B`` and ``L`` from 1. Rows are padded at
-      their end, and the score of id 0, the padding, is -inf.
-    - ``step.onnx``, where the model steps: ``items`` ``[B]`` (``gaps`` ``[B]``) and states by name to ``scores`` and
-      the states after, whose names begin with ``next.``. A history begins with zeros.
+    - ``scoring.onnx``: ``items`` ``[B, L]`` and ``lengths`` ``[B]`` (and ``columns`` ``[B, L, C]`` where the model
+      reads times, see :mod:`recbole_ssm.data.context`), int64, to ``scores`` ``[B, n_items]``, float32, for any ``B``
+      and ``L`` from 1. Rows are padded at their end, and the score of id 0, the padding, is -inf.
+    - ``step.onnx``, where the model steps: ``items`` ``[B]`` (``columns`` ``[B, C]``) and states by name to ``scores``
+      and the states after, whose names begin with ``next.``. A history begins with zeros.
     - ``vocabulary.json``: the items by id; ``config.json``: the names and shapes of all of this, and the settings;
       ``example.npz``: inputs and their scores; ``README.md``: a model card.
 
@@ -145,7 +147,8 @@ def describe(recommender: "Recommender") -> dict[str, Any]:
     state = {}
     if recommender.packs and model.steps:
         device = recommender.device
-        one = torch.ones((1, 2) if recommender.wants_gaps else 1, dtype=torch.int64, device=device)
+        width = len(recommender.time_columns)
+        one = torch.ones((1, 1 + width) if width else 1, dtype=torch.int64, device=device)
         with torch.no_grad():
             _, carried = model.prefill(one, torch.tensor([0, 1], dtype=torch.int32, device=device))
         state = {
@@ -158,7 +161,7 @@ def describe(recommender: "Recommender") -> dict[str, Any]:
         "dataset": recommender.config["dataset"],
         "digest": recommender.digest,
         "max_item_list_length": recommender.max_length,
-        "reads_time_gaps": recommender.wants_gaps,
+        "columns": list(recommender.time_columns),
         "state": state,
         "settings": {key: value for key, value in recommender.config.given.items() if key not in PLACES},
     }
@@ -168,18 +171,20 @@ def examples(recommender: "Recommender") -> dict[str, np.ndarray]:
     """Histories of several lengths up to the longest that the model reads, and the recommender's own scores.
 
     Returns:
-        ``items`` ``[B, L]``, ``lengths`` ``[B]``, with time gaps ``gaps`` ``[B, L]``, and ``scores`` ``[B, n_items]``.
+        ``items`` ``[B, L]``, ``lengths`` ``[B]``, of a model that reads times ``columns`` ``[B, L, C]``, and ``scores``
+        ``[B, n_items]``.
     """
     most, item_num = recommender.max_length, recommender.vocabulary.item_num
     lengths = np.unique([1, min(2, most), (most + 1) // 2, most])
     generator = np.random.default_rng(0)
     real = np.arange(most) < lengths[:, None]
     example = {"items": generator.integers(1, item_num, real.shape) * real, "lengths": lengths}
-    gaps = None
-    if recommender.wants_gaps:
-        example["gaps"] = generator.integers(0, 20, real.shape) * real
-        gaps = example["gaps"][real]
-    histories = Histories(example["items"][real], lengths, gaps)
+    columns = at = None
+    if names := recommender.time_columns:
+        kinds = [min(20, column(name).kinds or 20) for name in names]
+        example["columns"] = generator.integers(0, kinds, (*real.shape, len(names))) * real[..., None]
+        columns, at = example["columns"][real], np.zeros(len(lengths))
+    histories = Histories(example["items"][real], lengths, columns, at=at)
     with torch.inference_mode():
         scores = recommender._scores_of(histories, recommender.columns())(slice(None)).float().cpu().numpy()
     return {**example, "scores": np.pad(scores, ((0, 0), (1, 0)), constant_values=-np.inf)}
@@ -222,8 +227,8 @@ def _write_graphs(recommender: "Recommender", about: dict[str, Any], folder: Pat
     scoring = Scoring(padded(recommender.model), recommender.packs, recommender.vocabulary.item_num)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     rows: dict[str, Tensor] = {"items": torch.ones(2, 3, dtype=torch.int64), "lengths": torch.tensor([3, 2])}
-    if about["reads_time_gaps"]:
-        rows["gaps"] = torch.ones_like(rows["items"])
+    if about["columns"]:
+        rows["columns"] = torch.ones(2, 3, len(about["columns"]), dtype=torch.int64)
     shapes: dict[str, Any] = {name: {0: batch, 1: length} for name in rows} | {"lengths": {0: batch}}
     _write_graph(scoring, rows, shapes, list(rows), ["scores"], folder / SCORING, about["model"])
     if not about["state"]:

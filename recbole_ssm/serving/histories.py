@@ -9,10 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from recbole_ssm.data.sequence_dataset import time_gaps
+from recbole_ssm.data.context import beside, reads_request, time_columns
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 from recbole_ssm.serving.vocabulary import Vocabulary
+
+ASK_WITH_TIME = "this model reads the time at which it is asked (it was trained with request_time: known): give it."
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class Histories:
     Attributes:
         items: ids, int64 ``[T]``; none is 0.
         lengths: int64 ``[N]``.
-        gaps: time gaps before each (:func:`~recbole_ssm.data.sequence_dataset.time_gaps`), int64 ``[T]``, or none.
+        columns: what the model reads of their times (:mod:`recbole_ssm.data.context`), int64 ``[T, C]``, or none.
         times: of each item, float64 ``[T]``, where they are known.
+        at: when it is asked what comes next, float64 ``[N]``, where that is known.
     """
 
     items: np.ndarray
     lengths: np.ndarray
-    gaps: np.ndarray | None = None
+    columns: np.ndarray | None = None
     times: np.ndarray | None = None
+    at: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -45,29 +49,38 @@ class Histories:
             return self
         from_end = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(self.items))
         kept = from_end <= count
-        gaps, times = (column if column is None else column[kept] for column in (self.gaps, self.times))
-        return Histories(self.items[kept], np.minimum(self.lengths, count), gaps, times)
+        return Histories(self.items[kept], np.minimum(self.lengths, count), *self._of_items(kept), self.at)
 
     def take(self, which: np.ndarray) -> "Histories":
         """The histories ``which`` (integer ``[M]``), in that order."""
         end = np.cumsum(self.lengths)
         begin, lengths = (end - self.lengths)[which], self.lengths[which]
         place = np.arange(lengths.sum()) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
-        gaps, times = (column if column is None else column[place] for column in (self.gaps, self.times))
-        return Histories(self.items[place], lengths, gaps, times)
+        at = self.at if self.at is None else self.at[which]
+        return Histories(self.items[place], lengths, *self._of_items(place), at)
+
+    def _of_items(self, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Columns and times of some items."""
+        columns, times = (values if values is None else values[rows] for values in (self.columns, self.times))
+        return columns, times
+
+    def without_last(self) -> "Histories":
+        """All but the last item of each, whose columns still tell of it as of what follows."""
+        kept = np.ones(len(self.items), dtype=bool)
+        kept[np.cumsum(self.lengths)[self.lengths > 0] - 1] = False
+        return Histories(self.items[kept], np.maximum(0, self.lengths - 1), *self._of_items(kept))
 
     def cu_seqlens(self) -> Tensor:
         """Borders, int32 ``[N+1]``."""
         return cu_seqlens_from_lengths(torch.from_numpy(self.lengths))
 
     def inputs(self) -> Tensor:
-        """What a model's ``encode`` takes: ids ``[T]``, or with gaps ``[T, 2]``."""
-        items = torch.from_numpy(self.items)
-        return items if self.gaps is None else torch.stack([items, torch.from_numpy(self.gaps)], -1)
+        """What a model's ``encode`` takes: ids ``[T]``, or with columns ``[T, 1 + C]``."""
+        return beside(torch.from_numpy(self.items), self.columns)
 
 
 def read_histories(
-    given: Any, vocabulary: Vocabulary, time_field: str, times: Any = None, wants_gaps: bool = False
+    given: Any, vocabulary: Vocabulary, time_field: str, times: Any = None, names: tuple[str, ...] = (), at: Any = None
 ) -> tuple[Histories, Any]:
     """Histories of item tokens; unknown items are left out.
 
@@ -77,7 +90,9 @@ def read_histories(
         vocabulary: of the model.
         time_field: name of the column of times.
         times: with lists, of their items.
-        wants_gaps: whether the model reads time gaps.
+        names: what the model reads of times.
+        at: when it is asked what comes next, one time for all or one a history; of a table, in the order in which its
+            users come.
 
     Returns:
         The histories, and the users that they are of where ``given`` names them: in the order in which they come.
@@ -113,15 +128,31 @@ def read_histories(
         raise UserError(f"sequences are lists of items, a DataFrame or an Arrow table, not {type(given).__name__}.")
     if when is not None and not np.isfinite(when).all():
         raise UserError("a time is no finite number.")
-    if wants_gaps and when is None:
+    if names and when is None:
         raise UserError(f"this model reads the time of each item: give times, or a column {time_field!r}.")
     ids = vocabulary.ids(tokens) if len(rows) else np.zeros(0, np.int64)
-    return histories_of(ids, rows, count, when, wants_gaps), users
+    return histories_of(ids, rows, count, when, names, _times_of_requests(at, count)), users
+
+
+def _times_of_requests(at: Any, count: int) -> np.ndarray | None:
+    """One time a history, float64 ``[N]``."""
+    if at is None:
+        return None
+    try:
+        found = np.asarray(at, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError("at is no time: give a number, or one a history.") from None
+    if found.ndim > 1 or (found.ndim and len(found) != count):
+        raise UserError(f"at is to be a time, or one a history, of which there are {count}.")
+    if not np.isfinite(found).all():
+        raise UserError("a time in at is no finite number.")
+    return np.broadcast_to(found, count)
 
 
 def histories_of(
-    ids: np.ndarray, rows: np.ndarray, count: int, times: np.ndarray | None = None, wants_gaps: bool = False
-) -> Histories:
+    ids: np.ndarray, rows: np.ndarray, count: int, times: np.ndarray | None = None, names: tuple[str, ...] = (),
+    at: np.ndarray | None = None,
+) -> Histories:  # fmt: skip
     """Histories of ids, without those that are 0.
 
     Args:
@@ -129,11 +160,26 @@ def histories_of(
         rows: which history each is of, ascending ``[T]``.
         count: number of histories.
         times: of each id, float64 ``[T]``, where they are known.
-        wants_gaps: whether the model reads time gaps.
+        names: what the model reads of times.
+        at: see :class:`Histories`; columns of what follows a history are unknown without it.
+
+    Raises:
+        UserError: for a time in ``at`` that is before that of the history's last item.
     """
     known = ids > 0
     ids, rows, times = ids[known], rows[known], times if times is None else times[known]
     lengths = np.bincount(rows, minlength=count).astype(np.int64)
     first = (np.cumsum(lengths) - lengths)[lengths > 0]
-    gaps = time_gaps(times, first) if wants_gaps and times is not None else None
-    return Histories(ids, lengths, gaps, times)
+    columns = None
+    if names and times is not None:
+        asked = at if at is None else at[lengths > 0]
+        if (
+            asked is not None
+            and reads_request(names)
+            and (early := asked < times[np.append(first, len(ids))[1:] - 1]).any()
+        ):
+            raise UserError(
+                f"at is {asked[early][0]:g} for a history whose last item is of a later time: ask for a time after it."
+            )
+        columns = time_columns(names, times, first, asked)
+    return Histories(ids, lengths, columns, times, at)

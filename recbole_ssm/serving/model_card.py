@@ -6,13 +6,18 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from recbole_ssm.data.context import NEXT, column, reads_request
+
 if TYPE_CHECKING:
     from recbole_ssm.serving.recommender import Recommender
 
 VERSIONS = ("recbole-ssm", "recbole", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 # Settings that say how the metrics were measured.
-PROTOCOL = ("eval_args", "valid_metric", "topk", "repeatable", "user_inter_num_interval", "item_inter_num_interval")
+PROTOCOL = (
+    "eval_args", "valid_metric", "topk", "repeatable", "exclude_history", "time_order", "request_time",
+    "user_inter_num_interval", "item_inter_num_interval",
+)  # fmt: skip
 
 SCORING = """\
 import json
@@ -97,7 +102,7 @@ It needs `pip install onnxruntime numpy`; in this folder:
 ```
 
 `scoring.onnx` takes any number of histories of any length from 1 to {about["max_item_list_length"]}, all int64: `items`
-`[B, L]`, each history in the first `lengths` `[B]` places of its row{_gaps(about, "[B, L]")}.
+`[B, L]`, each history in the first `lengths` `[B]` places of its row{_columns(about, "[B, L, ")}.
 It gives `scores` `[B, {len(vocabulary.items)}]`, a column an item of `vocabulary.json`; that of the first, the padding,
 is -inf.
 {_step(about)}
@@ -110,8 +115,8 @@ is -inf.
 def _scoring(recommender: "Recommender", about: dict[str, Any]) -> str:
     some = json.dumps(recommender.vocabulary.items[1:4].tolist(), ensure_ascii=False)
     inputs = '{"items": np.array([history]), "lengths": np.array([len(history)])}'
-    if about["reads_time_gaps"]:
-        inputs = inputs[:-1] + ', "gaps": np.array([[0, 5, 9][: len(history)]])}'
+    if about["columns"]:
+        inputs = inputs[:-1] + f', "columns": np.array([{_example(about)}[: len(history)]])}}'
     return SCORING.replace("{history}", some).replace("{inputs}", inputs)
 
 
@@ -119,12 +124,17 @@ def _step(about: dict[str, Any]) -> str:
     if not about["state"]:
         return "\nThe model carries no state from item to item: a longer history is read anew.\n"
     inputs = '"items": np.array([item])' + (
-        ', "gaps": np.array([[0, 5, 9][place]])' if about["reads_time_gaps"] else ""
+        f', "columns": np.array([{_example(about)}[place]])' if about["columns"] else ""
     )
+    waits = ""
+    if reads_request(tuple(about["columns"])):
+        waits = """ To ask what comes next, give the last item with the time of the
+request, and forget the states that come of it; give it again once the time of the next item is known."""
     return f"""
-`step.onnx` reads one more item of each history, at a cost that does not grow: `items` `[B]`{_gaps(about, "[B]")}
+`step.onnx` reads one more item of each history, at a cost that does not grow: `items` `[B]`{_columns(about, "[B, ")}
 and the states of `config.json`, which begin with zeros, to `scores` and the next states. It reads on past
-{about["max_item_list_length"]} items, where `scoring.onnx` would read the latest of them anew. After the code above:
+{about["max_item_list_length"]} items, where `scoring.onnx` would read the latest of them anew.{waits}
+After the code above:
 
 ```python
 {STEP.replace("{inputs}", inputs)}
@@ -132,10 +142,18 @@ and the states of `config.json`, which begin with zeros, to `scores` and the nex
 """
 
 
-def _gaps(about: dict[str, Any], shape: str) -> str:
-    if not about["reads_time_gaps"]:
+def _columns(about: dict[str, Any], shape: str) -> str:
+    if not about["columns"]:
         return ""
-    return f", and `gaps` `{shape}`, 0 for a first item, `1 + floor(log2(1 + time since the item before))`, at most 64"
+    follows = ", of what follows the item: at last the request"
+    meanings = [column(name).meaning + follows * name.startswith(NEXT) for name in about["columns"]]
+    return f", and `columns` `{shape}{len(meanings)}]`: {'; '.join(meanings)}"
+
+
+def _example(about: dict[str, Any]) -> str:
+    """Three items' columns, as Python."""
+    kinds = [column(name).kinds or 10 for name in about["columns"]]
+    return str([[number % kind for kind in kinds] for number in (0, 5, 9)])
 
 
 def _table(head: str, rows: dict[str, Any]) -> str:

@@ -19,12 +19,13 @@ from torch import Tensor
 from recbole_ssm.checkpoint import load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
 from recbole_ssm.models.base import PackedRecommender
 from recbole_ssm.ops.packing import pad
 from recbole_ssm.quick_start import config_of, load_data_and_model
 from recbole_ssm.registry import model_class
-from recbole_ssm.serving.histories import Histories, read_histories
+from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, read_histories
 from recbole_ssm.serving.session import Session
 from recbole_ssm.serving.top_items import top_items
 from recbole_ssm.serving.vocabulary import Vocabulary
@@ -64,6 +65,7 @@ class Recommender:
         config: as given.
         vocabulary: as given.
         results: what the checkpoint says of its best epoch: ``epoch``, ``best_valid_score``, ``best_valid_result``.
+        time_columns: what the model reads of times (:mod:`recbole_ssm.data.context`).
         digest: of the weights, the settings that decide what they mean, and the items; what states are bound to.
     """
 
@@ -72,7 +74,7 @@ class Recommender:
         self.results = results or {}
         self.packs = isinstance(model, PackedRecommender)
         self.max_length = config["MAX_ITEM_LIST_LENGTH"]
-        self.wants_gaps = self.packs and model.use_time_gaps
+        self.time_columns: tuple[str, ...] = model.columns if self.packs else ()
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | None = None, with_data: bool = False) -> "Recommender":
@@ -149,6 +151,7 @@ class Recommender:
         candidates: Iterable[Any] | None = None,
         filter: Callable[[str], bool] | None = None,
         times: Any = None,
+        at: Any = None,
     ) -> Any:
         """The items that are most likely to come next.
 
@@ -162,6 +165,8 @@ class Recommender:
             candidates: items to choose from; all that the model knows where absent.
             filter: whether an item may be recommended, by its token.
             times: of each item, for lists, where the model reads them.
+            at: the time at which recommendations are asked for, one for all or one a history (or user, in the order in
+                which they come), where the model reads it (``request_time: known``).
 
         Returns:
             :class:`Recommendations` for lists; for a DataFrame or an Arrow table one with a row a recommendation: the
@@ -170,7 +175,7 @@ class Recommender:
         Raises:
             UserError: for a ``k`` below 1, or what :func:`~recbole_ssm.serving.histories.read_histories` refuses.
         """
-        histories, users = self.read(sequences, times)
+        histories, users = self.read(sequences, times, at)
         columns = self.columns(candidates, filter)
         ids, scores = self.top(histories, k, exclude_seen, columns)
         if users is None:
@@ -190,14 +195,16 @@ class Recommender:
 
         return pyarrow.Table.from_pandas(table, preserve_index=False)
 
-    def score(self, sequences: Any, items: Iterable[Any], times: Any = None) -> np.ndarray:
+    def score(self, sequences: Any, items: Iterable[Any], times: Any = None, at: Any = None) -> np.ndarray:
         """Scores of the same ``M`` items for each history, float32 ``[N, M]``; NaN for a history without known items.
+
+        ``times`` and ``at`` are as in :meth:`recommend`.
 
         Raises:
             UserError: for an item that the model does not know, or what
                 :func:`~recbole_ssm.serving.histories.read_histories` refuses.
         """
-        histories, _ = self.read(sequences, times)
+        histories, _ = self.read(sequences, times, at)
         columns = np.array([self.vocabulary.id(token) for token in items], dtype=np.int64)
         found = np.full((len(histories), len(columns)), np.nan, np.float32)
         some = np.flatnonzero(histories.lengths)
@@ -230,9 +237,9 @@ class Recommender:
         table = self._table().detach().float().cpu().numpy()
         return pd.DataFrame(table[1:], index=pd.Index(self.vocabulary.items[1:], name=self.vocabulary.iid_field))
 
-    def read(self, sequences: Any, times: Any = None) -> tuple[Histories, Any]:
+    def read(self, sequences: Any, times: Any = None, at: Any = None) -> tuple[Histories, Any]:
         """See :func:`~recbole_ssm.serving.histories.read_histories`."""
-        return read_histories(sequences, self.vocabulary, self.config["TIME_FIELD"], times, self.wants_gaps)
+        return read_histories(sequences, self.vocabulary, self.config["TIME_FIELD"], times, self.time_columns, at)
 
     def columns(
         self, candidates: Iterable[Any] | None = None, filter: Callable[[str], bool] | None = None
@@ -287,7 +294,13 @@ class Recommender:
         )
 
     def represent(self, histories: Histories) -> Tensor:
-        """Representations of histories of at least one item, ``[N, d]``; of our models alone."""
+        """Representations of histories of at least one item, ``[N, d]``; of our models alone.
+
+        Raises:
+            UserError: where the model reads the time at which it is asked, and the histories do not tell it.
+        """
+        if histories.at is None and reads_request(self.time_columns):
+            raise UserError(ASK_WITH_TIME)
         read = histories.latest(self.max_length)
         cu_seqlens = read.cu_seqlens()
         ends = cu_seqlens[1:].long() - 1

@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from recbole_ssm.data.sequence_dataset import time_gaps
+from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
-from recbole_ssm.serving.histories import Histories
+from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
 
 if TYPE_CHECKING:
     from recbole_ssm.serving.recommender import Recommendations, Recommender
 
-FORMAT = 1
+FORMAT = 2
 RULES = ("window", "endless")
 HIDDEN = "hidden"
 
@@ -32,14 +32,15 @@ class State:
     Attributes:
         items: ids of all events, int32 ``[n]``, oldest first: to leave them out, and to read the latest of them anew.
         carried: the model's own state, tensors ``[1, ...]`` by name, with the representation ``hidden [1, d]``; empty
-            where the latest events are read anew.
-        gaps: time gaps before each event, uint8 ``[n]``, where the model reads them.
+            where the latest events are read anew. Of a model that reads the time of what follows an event, it is of all
+            events but the last.
+        times: of each event, float64 ``[n]``, where the model reads them.
         time: of the last event.
     """
 
     items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     carried: dict[str, Tensor] = field(default_factory=dict)
-    gaps: np.ndarray | None = None
+    times: np.ndarray | None = None
     time: float | None = None
 
     def __len__(self) -> int:
@@ -48,8 +49,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """Memory that its arrays take."""
-        gaps = 0 if self.gaps is None else self.gaps.nbytes
-        return self.items.nbytes + gaps + sum(value.nbytes for value in self.carried.values())
+        times = 0 if self.times is None else self.times.nbytes
+        return self.items.nbytes + times + sum(value.nbytes for value in self.carried.values())
 
 
 class Sessions:
@@ -69,6 +70,7 @@ class Sessions:
 
     Attributes:
         steps: whether an event costs the same whatever came before.
+        waits: whether the model reads the time of what follows an event, and so takes it in when that is known.
 
     Raises:
         UserError: for another rule, or ``endless`` of a model that does not step.
@@ -79,19 +81,20 @@ class Sessions:
             raise UserError(f"rule is {rule!r}: choose {' or '.join(RULES)}.")
         self.recommender, self.rule = recommender, rule
         self.steps = recommender.packs and recommender.model.steps
+        self.waits = reads_request(recommender.time_columns)
         if rule == "endless" and not self.steps:
             raise UserError(f"{recommender.config['model']}, as it is set, carries no state: choose the rule window.")
 
     def new(self) -> State:
         """A session without events."""
-        return State(gaps=np.zeros(0, np.uint8) if self.recommender.wants_gaps else None)
+        return State(times=np.zeros(0) if self.recommender.time_columns else None)
 
     def start(self, histories: Histories, times: Sequence[float | None] | None = None) -> list[State]:
         """States after whole histories, in one pass.
 
         Args:
             histories: the events so far.
-            times: of each history's last event, where the model reads times.
+            times: of each history's last event, where the histories have none.
         """
         ends = np.cumsum(histories.lengths)
         borders = list(zip(ends - histories.lengths, ends, strict=True))
@@ -100,12 +103,10 @@ class Sessions:
             times = [float(histories.times[end - 1]) if end > begin else None for begin, end in borders]
         states = []
         for (begin, end), time in zip(borders, times, strict=True):
-            gaps = None if histories.gaps is None else histories.gaps[begin:end].astype(np.uint8)
-            states.append(State(histories.items[begin:end].astype(np.int32), {}, gaps, time))
-        carried = [i for i, state in enumerate(states) if len(state) and self._carries(len(state))]
-        if carried:
-            for i, after in zip(carried, self._prefilled(histories.take(np.array(carried))), strict=True):
-                states[i] = replace(states[i], carried=after)
+            read = histories.times if self.recommender.time_columns else None
+            own = read if read is None else read[begin:end].copy()
+            states.append(State(histories.items[begin:end].astype(np.int32), {}, own, time))
+        self._read_anew(states, [i for i, state in enumerate(states) if self._carries(len(state))])
         return states
 
     @torch.inference_mode()
@@ -127,51 +128,82 @@ class Sessions:
         for i, (state, item, time) in enumerate(zip(states, items, times, strict=True)):
             if not item:
                 continue
-            gap = self._gap(state, time)
-            gaps = None if state.gaps is None else np.append(state.gaps, np.uint8(gap))
-            after[i] = State(np.append(state.items, np.int32(item)), {}, gaps, state.time if time is None else time)
+            if wrong := self._wrong_time(state, time, "this model reads the time of each event: give it."):
+                raise UserError(wrong)
+            read = state.times if time is None or state.times is None else np.append(state.times, time)
+            after[i] = State(np.append(state.items, np.int32(item)), {}, read, state.time if time is None else time)
             if self._carries(len(after[i])):
                 stepping.append(i)
-        begun = [i for i in stepping if len(after[i]) > 1 and states[i].carried]
-        fresh = [i for i in stepping if len(after[i]) == 1 or not states[i].carried]
+        begun = [i for i in stepping if states[i].carried]
         if begun:
-            self._step(states, after, begun)
-        if fresh:
-            whole = self.histories([after[i] for i in fresh])
-            for i, carried in zip(fresh, self._prefilled(whole), strict=True):
-                after[i] = replace(after[i], carried=carried)
+            taken_in = self.histories([after[i] for i in begun])
+            taken_in = (taken_in.without_last() if self.waits else taken_in).latest(1)
+            hidden, carried = self._stepped([states[i] for i in begun], taken_in)
+            for i, part in zip(begun, _each({**carried, HIDDEN: hidden}, len(begun)), strict=True):
+                after[i] = replace(after[i], carried=part)
+        self._read_anew(after, [i for i in stepping if not states[i].carried])
         return after
 
     def top(
-        self, states: Sequence[State], k: int, exclude_seen: bool = True, columns: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`~recbole_ssm.serving.recommender.Recommender.top`."""
-        histories, represented = self.histories(states), None
-        with torch.inference_mode():
-            some = [state for state in states if len(state)]
-            if self.recommender.packs and some:
-                anew = [state for state in some if not state.carried]
-                read = iter(self.recommender.represent(self.histories(anew)).split(1) if anew else ())
-                represented = torch.cat([state.carried[HIDDEN] if state.carried else next(read) for state in some])
-            return self.recommender.top(histories, k, exclude_seen, columns, represented)
+        self, states: Sequence[State], k: int, exclude_seen: bool = True, columns: np.ndarray | None = None,
+        at: Sequence[float | None] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """See :meth:`~recbole_ssm.serving.recommender.Recommender.top`.
 
-    def histories(self, states: Sequence[State]) -> Histories:
-        """The events of sessions."""
+        Args:
+            states: of users.
+            k: most items each.
+            exclude_seen: see there.
+            columns: see there.
+            at: the time at which each is asked about, where the model reads it.
+
+        Raises:
+            UserError: for a time that is missing, or before that of the session's last event.
+        """
+        represented, asked = None, [None] * len(states) if at is None else at
+        some = [(state, time) for state, time in zip(states, asked, strict=True) if len(state)]
+        if wrong := next(filter(None, (self.wrong_request(*one) for one in some)), None):
+            raise UserError(wrong)
+        with torch.inference_mode():
+            if self.recommender.packs and some:
+                parts: list[Tensor | None] = [None] * len(some)
+                for carried in (True, False):
+                    which = [i for i, (state, _) in enumerate(some) if bool(state.carried) == carried]
+                    if which:
+                        hidden = self._represented([some[i][0] for i in which], [some[i][1] for i in which], carried)
+                        for i, row in zip(which, hidden.split(1), strict=True):
+                            parts[i] = row
+                represented = torch.cat([part for part in parts if part is not None])
+            return self.recommender.top(self.histories(states), k, exclude_seen, columns, represented)
+
+    def wrong_request(self, state: State, time: float | None) -> str | None:
+        """The sentence by which :meth:`top` would refuse to answer at ``time``."""
+        return self._wrong_time(state, time, ASK_WITH_TIME) if self.waits else None
+
+    def _represented(self, states: list[State], times: list[float | None], carried: bool) -> Tensor:
+        """Representations of sessions of which all or none carry a state, asked about at ``times``; ``[N, d]``."""
+        if carried and not self.waits:
+            return torch.cat([state.carried[HIDDEN] for state in states])
+        histories = self.histories(states, np.array(times, dtype=np.float64) if self.waits else None)
+        return self._stepped(states, histories.latest(1))[0] if carried else self.recommender.represent(histories)
+
+    def histories(self, states: Sequence[State], at: np.ndarray | None = None) -> Histories:
+        """The events of sessions, asked about ``at`` these times (``[N]``)."""
         lengths = np.array([len(state) for state in states], dtype=np.int64)
         items = np.concatenate([np.zeros(0, np.int32), *(state.items for state in states)]).astype(np.int64)
-        gaps = None
-        if self.recommender.wants_gaps:
-            known = [state.gaps for state in states if state.gaps is not None]
-            gaps = np.concatenate([np.zeros(0, np.uint8), *known]).astype(np.int64)
-        return Histories(items, lengths, gaps)
+        times = None
+        if self.recommender.time_columns:
+            times = np.concatenate([np.zeros(0), *(state.times for state in states if state.times is not None)])
+        rows = np.repeat(np.arange(len(states)), lengths)
+        return histories_of(items, rows, len(states), times, self.recommender.time_columns, at)
 
     def to_bytes(self, state: State) -> bytes:
         """A state for any store of keys and values."""
         about = {"format": FORMAT, "model": self.recommender.digest, "rule": self.rule, "time": state.time}
         tensors = {f"carried.{name}": value.contiguous().cpu() for name, value in state.carried.items()}
         tensors["items"] = torch.from_numpy(np.ascontiguousarray(state.items))
-        if state.gaps is not None:
-            tensors["gaps"] = torch.from_numpy(np.ascontiguousarray(state.gaps))
+        if state.times is not None:
+            tensors["times"] = torch.from_numpy(np.ascontiguousarray(state.times))
         return safetensors.torch.save(tensors, {"about": json.dumps(about)})
 
     def from_bytes(self, data: bytes) -> State:
@@ -197,68 +229,65 @@ class Sessions:
 
     def _checked(self, tensors: dict[str, Tensor], time: Any) -> State:
         damaged = UserError("the state is damaged: start anew, with the items of the session.")
-        items, gaps = tensors.pop("items", None), tensors.pop("gaps", None)
+        items, times = tensors.pop("items", None), tensors.pop("times", None)
         if items is None or items.dtype != torch.int32 or items.dim() != 1:
             raise damaged
         if len(items) and not 0 < int(items.min()) <= int(items.max()) < self.recommender.vocabulary.item_num:
             raise damaged
-        wants_gaps = self.recommender.wants_gaps
-        if (gaps is not None) != wants_gaps or (
-            gaps is not None and (gaps.dtype, len(gaps)) != (torch.uint8, len(items))
+        if (times is not None) != bool(self.recommender.time_columns):
+            raise damaged
+        if times is not None and (
+            (times.dtype, times.shape) != (torch.float64, items.shape) or not times.isfinite().all()
         ):
             raise damaged
         if not isinstance(time, int | float | None) or (time is not None and not np.isfinite(time)):
             raise damaged
         carried = {name.removeprefix("carried."): value for name, value in tensors.items()}
         template = self._template if carried else {}
-        if carried and (not len(items) or {n: (v.shape, v.dtype) for n, v in carried.items()} != template):
+        taken_in = len(items) - self.waits
+        if carried and (taken_in < 1 or {n: (v.shape, v.dtype) for n, v in carried.items()} != template):
             raise damaged
         if not all(bool(value.isfinite().all()) for value in carried.values() if value.is_floating_point()):
             raise damaged
-        if "position" in carried and int(carried["position"]) != len(items):
+        if "position" in carried and int(carried["position"]) != taken_in:
             raise damaged
         carried = {name: value.to(self.recommender.device) for name, value in carried.items()}
-        return State(items.numpy(), carried, None if gaps is None else gaps.numpy(), time)
+        return State(items.numpy(), carried, None if times is None else times.numpy(), time)
 
     @cached_property
     def _template(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        one = Histories(
-            np.ones(1, np.int64), np.ones(1, np.int64), np.zeros(1, np.int64) if self.recommender.wants_gaps else None
-        )
-        (carried,) = self._prefilled(one)
+        one = np.ones(1, np.int64)
+        (carried,) = self._prefilled(histories_of(one, one - 1, 1, np.zeros(1), self.recommender.time_columns))
         return {name: (value.shape, value.dtype) for name, value in carried.items()}
 
     def _carries(self, count: int) -> bool:
         """Whether a session of so many events has a state."""
-        return self.steps and (self.rule == "endless" or count <= self.recommender.max_length)
+        return self.steps and count > self.waits and (self.rule == "endless" or count <= self.recommender.max_length)
 
-    def _gap(self, state: State, time: float | None) -> int:
-        if time is not None and not np.isfinite(time):
-            raise UserError(f"time is {time}: give a finite number.")
-        if time is not None and state.time is not None and time < state.time:
-            raise UserError(f"time {time} is before that of the session's last event, {state.time}.")
-        if not self.recommender.wants_gaps:
-            return 0
+    def _wrong_time(self, state: State, time: float | None, missing: str) -> str | None:
         if time is None:
-            raise UserError("this model reads the time of each event: give it.")
-        if state.time is None:
-            return 0
-        return int(time_gaps(np.array([state.time, time]), np.array([0]))[1])
+            return missing if self.recommender.time_columns else None
+        if not np.isfinite(time):
+            return f"time is {time}: give a finite number."
+        if state.time is not None and time < state.time:
+            return f"time {time} is before that of the session's last event, {state.time}."
+        return None
 
-    def _step(self, states: Sequence[State], after: list[State], which: list[int]) -> None:
+    def _stepped(self, states: list[State], events: Histories) -> tuple[Tensor, dict[str, Tensor]]:
+        """Representations ``[S, d]`` and states after one event more of each, ``events``."""
         model, device = self.recommender.model, self.recommender.device
-        items = torch.tensor([int(after[i].items[-1]) for i in which])
-        if self.recommender.wants_gaps:
-            gaps = torch.tensor([int(after[i].gaps[-1]) for i in which])  # type: ignore[index]
-            items = torch.stack([items, gaps], -1)
-        names = [name for name in states[which[0]].carried if name != HIDDEN]
-        one = len(which) == 1
-        before = {
-            n: states[which[0]].carried[n] if one else torch.cat([states[i].carried[n] for i in which]) for n in names
-        }
-        hidden, carried = model.step(items.to(device), before)
-        for i, part in zip(which, _each({**carried, HIDDEN: model.read_out(hidden)}, len(which)), strict=True):
-            after[i] = replace(after[i], carried=part)
+        names = [name for name in states[0].carried if name != HIDDEN]
+        one = len(states) == 1
+        before = {n: states[0].carried[n] if one else torch.cat([state.carried[n] for state in states]) for n in names}
+        hidden, carried = model.step(events.inputs().to(device), before)
+        return model.read_out(hidden), carried
+
+    def _read_anew(self, states: list[State], which: list[int]) -> None:
+        """Give some of the states what they carry, in one pass over all that each has taken in."""
+        if which:
+            whole = self.histories([states[i] for i in which])
+            for i, carried in zip(which, self._prefilled(whole.without_last() if self.waits else whole), strict=True):
+                states[i] = replace(states[i], carried=carried)
 
     @torch.inference_mode()
     def _prefilled(self, histories: Histories) -> list[dict[str, Tensor]]:
@@ -306,10 +335,17 @@ class Session:
         ids = self._recommender.vocabulary.ids([item])
         (self.state,) = self._sessions.update([self.state], ids.tolist(), [time])
 
-    def recommend(self, k: int = 10, exclude_seen: bool = True, candidates: Any = None) -> "Recommendations":
-        """The items that are most likely to come next; see :meth:`Recommender.recommend`."""
-        columns = None if candidates is None else self._recommender.columns(candidates)
-        return self._recommender.named(*self._sessions.top([self.state], k, exclude_seen, columns))
+    def recommend(
+        self, k: int = 10, exclude_seen: bool = True, candidates: Any = None, time: float | None = None
+    ) -> "Recommendations":
+        """The items that are most likely to come next; see :meth:`Recommender.recommend`.
+
+        Raises:
+            UserError: where the model reads the ``time`` at which it is asked, and there is none or one before the last
+                event's.
+        """
+        chosen = None if candidates is None else self._recommender.columns(candidates)
+        return self._recommender.named(*self._sessions.top([self.state], k, exclude_seen, chosen, [time]))
 
     def to_bytes(self) -> bytes:
         """See :meth:`Sessions.to_bytes`."""

@@ -50,7 +50,8 @@ __all__ = [
 NEUTRAL = {
     "train_mode": ("prefix",), "time_order": ("float32",), "lr_scheduler_type": ("constant",), "warmup_ratio": (0,),
     "cuda_graphs": ("auto", "off"), "exclude_history": (False,), "temperature": (None,), "label_smoothing": (0,),
-    "use_time_gaps": (False,), "gbce_t": (), "ssm_backend": ("auto",), "loss_type": (),
+    "use_time_gaps": (False,), "use_clock": (False,), "request_time": ("unknown",), "gbce_t": (),
+    "ssm_backend": ("auto",), "loss_type": (),
 }  # fmt: skip
 
 # Who reads what RecBole gives to all models: those of a type, or some by name.

@@ -13,6 +13,7 @@ LossType = Literal["CE", "BCE", "BPR", "gBCE", "SampledSoftmax"]
 TrainMode = Literal["sequence", "prefix"]
 TimeOrder = Literal["exact", "float32"]
 Scheduler = Literal["constant", "linear", "cosine"]
+RequestTime = Literal["unknown", "known"]
 CudaGraphs = Literal["auto", "on", "off"]
 Backend = Literal["auto", "reference", "cpu", "triton", "mamba_ssm"]
 
@@ -163,6 +164,24 @@ class Ours(OnePass):
         section="Losses that sample, which have 256 negatives a target (gBCE, SampledSoftmax) or 1",
         ge=0,
         le=1,
+    )
+    use_time_gaps: bool = setting(
+        False,
+        "Whether to add to an item's embedding one of the time since the interaction before, by powers of 2. Needs a "
+        "real clock.",
+        section="Time (all are sums of learned embeddings)",
+        fixed=True,
+    )
+    use_clock: bool = setting(
+        False, "Whether to add embeddings of the hour and the weekday (UTC) of the interaction. Needs timestamps in "
+        "seconds since 1970.", fixed=True,
+    )  # fmt: skip
+    request_time: RequestTime = setting(
+        "unknown",
+        "Whether the model knows at what time it is asked. 'known': it reads the same of the time of the next "
+        "interaction as of that of each: in training and evaluation the target's, in serving the request's. 'unknown': "
+        "it reads the past alone, as most published results do.",
+        fixed=True,
     )
     ssm_backend: Backend = setting(
         "auto",

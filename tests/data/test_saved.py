@@ -23,7 +23,7 @@ def test_saved_dataset_is_loaded_again(caplog):
     for one, two in zip(first.build(), again.build(), strict=True):
         for field, values in one.inter_feat.interaction.items():
             assert torch.equal(values, two.inter_feat[field]), field
-    assert torch.equal(first.sorted_gaps, again.sorted_gaps)
+    assert torch.equal(first.sorted_columns, again.sorted_columns)
     write_dataset("tiny", random_rows(seed=1))
     assert create_dataset(config).inter_num == len(random_rows(seed=1))
     assert "the files in dataset/tiny changed since" in caplog.text

@@ -240,14 +240,14 @@ def test_time_gaps_stand_beside_their_items(mode):
     token = train_data._dataset.field2id_token["item_id"]
     row = test_data._dataset[torch.arange(2)]
     wanted = [[bucket.get(token[item], 0) for item in items] for items in row["item_id_list"]]
-    assert row[SequenceDataset.TIME_GAPS].tolist() == wanted
+    assert row[SequenceDataset.TIME_COLUMNS][..., 0].tolist() == wanted
     if mode == "sequence":
         items, gaps = next(iter(train_data)).items.unbind(-1)
         assert gaps.tolist() == [bucket[token[item]] for item in items]
     model.calculate_loss(next(iter(train_data)))[0].backward()
     assert model.time_gap_embedding.weight.grad[:2].abs().sum(1).min() > 0
     before = model.eval().full_sort_predict(row)
-    row[SequenceDataset.TIME_GAPS][0, 1] = 20
+    row[SequenceDataset.TIME_COLUMNS][0, 1] = 20
     after = model.full_sort_predict(row)
     assert not torch.equal(before[0], after[0])
     torch.testing.assert_close(before[1], after[1])

@@ -12,6 +12,7 @@ import torch
 
 from recbole_ssm import UserError
 from recbole_ssm.cli import run_export
+from recbole_ssm.data.context import column
 from recbole_ssm.errors import CannotWrite
 from recbole_ssm.serving import Recommender, export, padded
 from recbole_ssm.serving.model_card import model_card
@@ -81,9 +82,10 @@ def padded_cases(served: Recommender) -> list[tuple[dict[str, np.ndarray], np.nd
         real = np.arange(length) < lengths[:, None]
         inputs = {"items": generator.integers(1, served.vocabulary.item_num, real.shape) * real, "lengths": lengths}
         rows = torch.from_numpy(inputs["items"])
-        if served.wants_gaps:
-            inputs["gaps"] = generator.integers(0, 20, real.shape) * real
-            rows = torch.stack([rows, torch.from_numpy(inputs["gaps"])], -1)
+        if names := served.time_columns:
+            kinds = [column(name).kinds for name in names]
+            inputs["columns"] = generator.integers(0, kinds, (*real.shape, len(names))) * real[..., None]
+            rows = torch.cat([rows[..., None], torch.from_numpy(inputs["columns"])], -1)
         with torch.no_grad():
             hidden, table = model(rows, torch.from_numpy(lengths)), model.item_embedding.weight
             if served.packs:
@@ -143,7 +145,7 @@ def test_onnx_runtime_gives_the_models_scores(case):
     assert done.returncode == 0, done.stderr
     # The card's code recommends what the recommender does, in one go and step by step.
     history, times = [served.vocabulary.items[1:4].tolist()], [[0, 2**4 - 1, 2**4 + 2**8 - 2]]
-    expected = served.recommend(history, 10, times=times if served.wants_gaps else None).items[0]
+    expected = served.recommend(history, 10, times=times if served.time_columns else None).items[0]
     assert done.stdout.splitlines() == [str(expected)] * (1 + steps)
 
 

@@ -101,22 +101,23 @@ def create_app(
         """What comes next after a history."""
         candidates = None if request.candidates is None else tuple(str(item) for item in request.candidates)
         choice = Choice(request.k, request.exclude_seen, candidates)
-        answer = await service.recommend(Ask(request.tokens, request.times, choice))
+        answer = await service.recommend(Ask(request.tokens, request.times, choice, request.at))
         return schemas.RecommendAnswer(recommendations=recommended(answer) or [], unknown=answer.unknown)
 
     @route("POST", "/sessions/{session}/events", 409)
     async def add_events(session: schemas.SessionId, request: schemas.EventsRequest) -> schemas.SessionAnswer:
         """Events of a session, which begins with its first; all of them are taken, or none."""
         choice = None if request.k is None else Choice(request.k, request.exclude_seen)
-        turn = Turn(session, request.tokens, request.times, choice, request.after, begins=True)
+        turn = Turn(session, request.tokens, request.times, choice, request.after, begins=True, at=request.at)
         return of_session(await service.turn(turn))
 
     @route("GET", "/sessions/{session}/recommendations", 404, 409)
     async def session_recommendations(
-        session: schemas.SessionId, k: schemas.KQuery = 10, exclude_seen: schemas.SeenQuery = True
-    ) -> schemas.SessionAnswer:
+        session: schemas.SessionId, k: schemas.KQuery = 10, exclude_seen: schemas.SeenQuery = True,
+        at: schemas.AtQuery = None,
+    ) -> schemas.SessionAnswer:  # fmt: skip
         """What comes next in a session."""
-        return of_session(await service.turn(Turn(session, choice=Choice(k, exclude_seen))))
+        return of_session(await service.turn(Turn(session, choice=Choice(k, exclude_seen), at=at)))
 
     @route("DELETE", "/sessions/{session}", 404, status_code=204, response_class=Response)
     async def forget_session(session: schemas.SessionId) -> None:

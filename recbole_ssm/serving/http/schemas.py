@@ -16,6 +16,10 @@ SessionId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9_.:-]{1,128}$", description="A name of the client's choice, such as a random one.")
 ]
 KQuery = Annotated[int, Query(ge=1, le=MOST, description="Most recommendations.")]
+AtQuery = Annotated[
+    float | None,
+    Query(ge=-1e18, le=1e18, allow_inf_nan=False, description="When it is asked, for models with request_time: known."),
+]
 SeenQuery = Annotated[bool, Query(description="Whether the session's own items are left out.")]
 
 
@@ -26,6 +30,9 @@ class Given(BaseModel):
 
     items: list[Item] = Field(min_length=1, description="Tokens, oldest first; unknown ones are left out and listed.")
     times: list[Time] | None = Field(None, description="Of each item, for models that read times.")
+    at: Time | None = Field(
+        None, description="When recommendations are asked for, for models that read it (request_time: known)."
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> "Given":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.serving.histories import Histories, histories_of
+from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
 from recbole_ssm.serving.http.batching import Batcher
 from recbole_ssm.serving.http.metrics import Metrics
 from recbole_ssm.serving.http.refused import Refused
@@ -38,6 +38,7 @@ class Ask:
     items: Sequence[str]
     times: Sequence[float] | None
     choice: Choice
+    at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Turn:
         after: number of events that it is to have before, else it is refused.
         begins: whether a session is begun where there is none.
         forgets: whether it ends.
+        at: when it is asked what comes next, where the model reads it.
     """
 
     session: str
@@ -61,6 +63,7 @@ class Turn:
     after: int | None = None
     begins: bool = False
     forgets: bool = False
+    at: float | None = None
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Service:
             state = self._sessions.new()
             for time in (0.0, 1.0):
                 (state,) = self._sessions.update([state], [1], [time])
-            self._sessions.top([state], 1)
+            self._sessions.top([state], 1, at=[2.0])
 
         await self._in_thread(first)
 
@@ -147,12 +150,12 @@ class Service:
             answers: list[Answer | Exception] = [Answer([])] * len(asks)
             which = []
             for i, ask in enumerate(asks):
-                if self._recommender.wants_gaps and ask.times is None:
-                    answers[i] = Refused(422, "invalid", "this model reads the time of each item: give times.")
+                if wrong := self._wrong_times(ask):
+                    answers[i] = Refused(422, "invalid", wrong)
                 else:
                     which.append(i)
             ids, unknown = self._known([asks[i].items for i in which])
-            histories = self._histories(ids, [asks[i].times for i in which])
+            histories = self._histories(ids, [asks[i] for i in which])
 
             def top(rows: np.ndarray, *how: Any) -> tuple[np.ndarray, np.ndarray]:
                 return self._recommender.top(histories.take(rows), *how)
@@ -161,12 +164,25 @@ class Service:
                 answers[i] = found
             return answers
 
-    def _histories(self, ids: list[np.ndarray], times: list[Sequence[float] | None]) -> Histories:
+    def _wrong_times(self, ask: Ask) -> str | None:
+        """A sentence where a request lacks a time that the model reads, or it is too early."""
+        if self._recommender.time_columns and ask.times is None:
+            return "this model reads the time of each item: give times."
+        if not self._sessions.waits:
+            return None
+        if ask.at is None:
+            return ASK_WITH_TIME
+        return "at is before the time of an item: ask for a time after it." if ask.at < max(ask.times or ()) else None
+
+    def _histories(self, ids: list[np.ndarray], asks: list[Ask]) -> Histories:
         """Of ids, of which 0 is left out."""
         rows = np.repeat(np.arange(len(ids)), [len(one) for one in ids])
-        wants = self._recommender.wants_gaps
-        when = np.concatenate([np.zeros(0), *(np.asarray(one, np.float64) for one in times)]) if wants else None
-        return histories_of(np.concatenate([np.zeros(0, np.int64), *ids]), rows, len(ids), when, wants)
+        names, when, at = self._recommender.time_columns, None, None
+        if names:
+            when = np.concatenate([np.zeros(0), *(np.asarray(ask.times, np.float64) for ask in asks)])
+        if self._sessions.waits:
+            at = np.array([ask.at for ask in asks], dtype=np.float64)
+        return histories_of(np.concatenate([np.zeros(0, np.int64), *ids]), rows, len(ids), when, names, at)
 
     def _known(self, tokens: list[Sequence[str]]) -> tuple[list[np.ndarray], list[list[str]]]:
         """Ids of lists of tokens, 0 for those that the model does not know, and the latter."""
@@ -286,11 +302,19 @@ class Service:
                 else:
                     answers[i] = found
                     del after[i]
+        for i in [i for i in after if turns[i].choice is not None]:
+            if wrong := self._sessions.wrong_request(after[i], turns[i].at):
+                answers[i] = Refused(422, "invalid", wrong)
+                del after[i]
         states.update({turns[i].session: state for i, state in after.items()})
         asking = [i for i in after if turns[i].choice is not None]
 
-        def top(rows: np.ndarray, *how: Any) -> tuple[np.ndarray, np.ndarray]:
-            return self._sessions.top([after[asking[row]] for row in rows], *how)
+        def top(
+            rows: np.ndarray, k: int, exclude_seen: bool, columns: np.ndarray | None
+        ) -> tuple[np.ndarray, np.ndarray]:
+            which = [asking[row] for row in rows]
+            at = [turns[i].at for i in which]
+            return self._sessions.top([after[i] for i in which], k, exclude_seen, columns, at)
 
         answers.update({i: Answer(strange[i]) for i in after})
         choices = [choice for i in asking if (choice := turns[i].choice) is not None]
