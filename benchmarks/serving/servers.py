@@ -33,7 +33,8 @@ SERVERS = {
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """A row a history, number of clients and server."""
-    rows, measured = [], []
+    rows: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         checkpoint = Path(name, "model.pth")
         recommender = served("Mamba4Rec", ITEMS)
