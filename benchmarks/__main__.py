@@ -19,7 +19,7 @@ def main() -> None:
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
     experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
     search.add_arguments(commands.add_parser("search", help="trials side by side against one after the other"))
-    serving.add_arguments(commands.add_parser("serving", help="one more event, and answers to it"))
+    serving.add_arguments(commands.add_parser("serving", help="live sessions, recommendations for all users, and HTTP"))
     gpu.add_arguments(
         commands.add_parser("gpu", help="all that a machine with a GPU is needed for, in parts of minutes")
     )

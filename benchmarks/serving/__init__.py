@@ -1,4 +1,4 @@
-"""``python -m benchmarks serving``: what one more event costs, and an answer to it, beside replaying the history."""
+"""``python -m benchmarks serving``: events, answers, recommendations for all users, memory, an index, HTTP."""
 
 import argparse
 import json
@@ -10,13 +10,16 @@ from typing import Any
 
 from benchmarks.environment import environment, slug
 from benchmarks.report import versions, write_section
-from benchmarks.serving import answers, events, rules
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.serving import answers, events, everyone, index, memory, rules, servers
+from benchmarks.serving.contenders import ROOT
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "events": events.measure,
     "answers": answers.measure,
+    "everyone": everyone.measure,
+    "memory": memory.measure,
+    "faiss": index.measure,
+    "http": servers.measure,
     "rules": rules.measure,
 }
 
@@ -27,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--histories", nargs="+", type=int, default=[10, 200, 5000], help="events before the next")
     parser.add_argument("--catalogues", nargs="+", type=int, default=[3416, 1_000_000], help="items")
     parser.add_argument("--users", nargs="+", type=int, default=[1, 64], help="at a time")
-    parser.add_argument("--rounds", type=int, default=200, help="of all contenders, one after the other")
+    parser.add_argument("--all_users", type=int, default=6040, help="of everyone")
+    parser.add_argument("--memory_users", nargs="+", type=int, default=[10_000, 100_000, 1_000_000], help="of memory")
+    parser.add_argument("--index_items", type=int, default=1_000_000, help="of faiss")
+    parser.add_argument("--http_histories", nargs="+", type=int, default=[10, 200], help="events before, of http")
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 64], help="of http, at a time")
+    parser.add_argument("--rounds", type=int, default=200, help="at most, of all contenders, one after the other")
     parser.add_argument("--seconds", type=float, default=30.0, help="at most, of a case's rounds")
     rules.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/serving-<device>.json")

@@ -2,29 +2,39 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from recbole_ssm import Config, Recommender
+from recbole_ssm.checkpoint import save_checkpoint
 from recbole_ssm.data.identity import SEPARATOR
 from recbole_ssm.registry import model_class
 from recbole_ssm.serving.histories import Histories
 from recbole_ssm.serving.vocabulary import Vocabulary
 
+ROOT = Path(__file__).parents[2]
 SIZE = {"hidden_size": 64, "MAX_ITEM_LIST_LENGTH": 200}
+SETTINGS = {"state": "ERROR", "gpu_id": "", "tuned": False}
 
 
 def served(model: str, items: int, **settings: Any) -> Recommender:
     """A recommender of a model on a catalogue of so many items."""
-    given = {**SIZE, "state": "ERROR", "gpu_id": "", "tuned": False, **settings}
-    config = Config(model, "ml-1m", config_dict=given)
+    config = Config(model, "ml-1m", config_dict={**SIZE, **SETTINGS, **settings})
     words = SEPARATOR.join(map(str, range(1, items + 1)))
     config.identity = {"file": "", "vocabulary": {"user_id": "1", "item_id": words}, "data": {}}
     vocabulary = Vocabulary(config)
     torch.manual_seed(0)
     return Recommender(model_class(config)(config, vocabulary), config, vocabulary)
+
+
+def save(recommender: Recommender, path: Path) -> None:
+    """A checkpoint of it, for commands."""
+    config = recommender.config
+    state = {"config": config.given, "state_dict": recommender.model.state_dict()}
+    save_checkpoint(path, state | {name: config.identity[name] for name in ("vocabulary", "data")})
 
 
 def histories(count: int, length: int, items: int) -> Histories:

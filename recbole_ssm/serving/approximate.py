@@ -24,6 +24,7 @@ class ApproximateIndex:
 
     Attributes:
         lists: how many there are.
+        lists_searched: as given; it can be changed.
 
     Raises:
         UserError: for a model whose scores are no inner products, or for fewer lists than one.
@@ -42,7 +43,7 @@ class ApproximateIndex:
             import faiss
         except ImportError as error:
             raise BackendUnavailable("FAISS is not installed: pip install 'recbole-ssm[faiss]'.") from error
-        self.recommender, self.columns = recommender, columns
+        self.recommender, self.columns, self.lists_searched = recommender, columns, lists_searched
         nobody = Histories(np.zeros(0, np.int64), np.zeros(0, np.int64))
         with torch.inference_mode():
             width = recommender.model.item_embedding.weight.shape[1]
@@ -54,10 +55,10 @@ class ApproximateIndex:
         self._index.cp.min_points_per_centroid = 1  # no warning of a catalogue that makes a single list
         self._index.train(items)
         self._index.add(items)
-        self._index.nprobe = min(lists_searched, self.lists)
 
     def top(self, histories: Histories, k: int, exclude_seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`Recommender.top`; a history for which too few items are found is answered exactly."""
+        self._index.nprobe = min(self.lists_searched, self.lists)
         k = min(k, len(self.columns))
         ids, values = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         n_items = self.recommender.vocabulary.item_num
