@@ -200,6 +200,8 @@ def test_from_the_command_to_the_children(tmp_path):
         ("STARRec", {"use_similarity": False, "attention_window": 5}),
         ("STARRec", {"use_ssm": False}),
         ("STARRec", {"use_pma": False}),
+        ("STARRec", {"ssm_block": "mamba2"}),
+        ("Mamba4Rec", {"ssm_block": "mamba3"}),
     ],
 )
 def test_needs_are_what_models_call(model, settings, monkeypatch):

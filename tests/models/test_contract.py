@@ -35,6 +35,7 @@ ABLATIONS = [
     ("STARRec", {"num_layers": 2}),
     ("STARRec", {"train_mode": "prefix"}),
     ("STARRec", {"ssm_backend": "reference"}),
+    ("STARRec", {"ssm_block": "mamba3"}),
     ("SSD4Rec", {"bidirectional": False}),
     ("SSD4Rec", {"bidirectional": False, "train_mode": "sequence"}),
     ("SSD4Rec", {"mask_ratio": 0.0}),
@@ -43,6 +44,8 @@ ABLATIONS = [
     ("SSD4Rec", {"norm_embedding": False, "num_layers": 1}),
     ("Mamba4Rec", {"temperature": 0.1}),
     ("Mamba4Rec", {"num_layers": 2}),
+    ("Mamba4Rec", {"ssm_block": "mamba2"}),
+    ("Mamba4Rec", {"ssm_block": "mamba3"}),
     ("Mamba4Rec", {"train_mode": "prefix"}),
 ]
 
