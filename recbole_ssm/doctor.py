@@ -21,7 +21,7 @@ from recbole_ssm.ops.backend import BACKENDS, is_checked, preferred, tf32_allowe
 from recbole_ssm.ops.self_check import Check, Verdict, verdicts
 
 MAIN_JOB = "STARRec"
-MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")
+MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec", "RecBLR")
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
 
@@ -48,7 +48,10 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
         return []
     size = settings["hidden_size"]
     found: list[tuple[str, dict[str, int]]] = []
-    if model != "STARRec" or settings["use_ssm"]:
+    if model == "RecBLR":
+        units = settings["expand"] * size
+        found += [("causal_conv", {"D": units, "K": settings["d_conv"]}), ("selective_scan", {"D": units, "N": 1})]
+    elif model != "STARRec" or settings["use_ssm"]:
         found += _needs_of_block("mamba2" if model == "SSD4Rec" else settings["ssm_block"], settings)
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
 from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.models.recblr import GatedRecurrence
 from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
 from recbole_ssm.models.starrec import DualPathLayer
 from recbole_ssm.ops.packing import Borders, borders, flip_rows, know, positions, select_rows
@@ -163,6 +164,23 @@ class PaddedMamba3(_Padded, Mamba3):
         return self._gate(self._with_own(y, x, B, C, later), z), after
 
 
+class PaddedRecurrence(_Padded, GatedRecurrence):
+    """See :class:`~recbole_ssm.models.recblr.GatedRecurrence`."""
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        u, z = self.in_proj(x).chunk(2, -1)
+        seen = torch.cat([state["conv"], u.mT], -1)
+        entering, decay = self.gated(F.silu(self.conv(seen)).mT)
+
+        def advance(state, row):
+            alpha, entering = row
+            state = alpha[..., None] * state + entering[..., None]
+            return state, state[..., 0]
+
+        after, h = recur(advance, state["h"], (torch.exp(-decay), entering))
+        return h * F.silu(z), {"conv": seen[..., u.shape[1] :], "h": after}
+
+
 class PaddedBiSSDLayer(BiSSDLayer):
     """See :class:`~recbole_ssm.models.ssd4rec.BiSSDLayer`."""
 
@@ -218,6 +236,7 @@ PADDED: dict[type, type] = {
     Mamba: PaddedMamba,
     Mamba2: PaddedMamba2,
     Mamba3: PaddedMamba3,
+    GatedRecurrence: PaddedRecurrence,
     BiSSDLayer: PaddedBiSSDLayer,
     DualPathLayer: PaddedDualPathLayer,
     PreferenceAwareAttention: PaddedAttention,

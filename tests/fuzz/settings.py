@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "STARRec": {**TINY, "d_state": 4, "n_heads": 2, "n_experts": 3, "headdim": 8},
     "Mamba4Rec": {**TINY, "d_state": 4, "headdim": 8},
     "SSD4Rec": {**TINY, "d_state": 2, "headdim": 8},
+    "RecBLR": TINY,
     "SASRec": {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 2},
     "GRU4Rec": {"hidden_size": 8, "embedding_size": 8},
     "NARM": {"hidden_size": 8, "embedding_size": 8},
@@ -60,6 +61,7 @@ OWN: dict[str, list[str]] = {
         "n_experts", "experts_per_token", "diversity_weight", "balance_weight",
     ],
     "Mamba4Rec": _BLOCKS,
+    "RecBLR": ["hidden_size", "num_layers", "dropout_prob", "d_conv", "expand"],
     "SSD4Rec": [*_MAMBA, "norm_embedding", "var_len", "mask_ratio", "headdim", "bidirectional", "beta",
                 "backward_stream"],
     "SASRec": _TRANSFORMER,
@@ -322,7 +324,7 @@ def contradiction(config: Config) -> str:
     return "; ".join(what for what, is_so in rules.items() if is_so)
 
 
-OURS = ("STARRec", "Mamba4Rec", "SSD4Rec")
+OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR")
 # Above which a case takes seconds, or more memory than a test should.
 LARGEST = {"hidden_size": 64, "embedding_size": 64, "inner_size": 64, "num_layers": 3, "n_layers": 3, "d_state": 64,
            "expand": 8, "n_experts": 16, "MAX_ITEM_LIST_LENGTH": 256}  # fmt: skip

@@ -42,6 +42,8 @@ ABLATIONS = [
     ("SSD4Rec", {"var_len": False}),
     ("SSD4Rec", {"backward_stream": "aligned"}),
     ("SSD4Rec", {"norm_embedding": False, "num_layers": 1}),
+    ("RecBLR", {"num_layers": 1}),
+    ("RecBLR", {"d_conv": 1}),
     ("Mamba4Rec", {"temperature": 0.1}),
     ("Mamba4Rec", {"num_layers": 2}),
     ("Mamba4Rec", {"ssm_block": "mamba2"}),

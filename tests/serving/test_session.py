@@ -18,6 +18,7 @@ STEPPING = {
     "Mamba4Rec": ("Mamba4Rec", {}),
     "Mamba4Rec, two layers": ("Mamba4Rec", {"num_layers": 2, "temperature": 0.5}),
     "Mamba4Rec, mamba2": ("Mamba4Rec", {"ssm_block": "mamba2"}),
+    "RecBLR": ("RecBLR", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False}),
     "STARRec": ("STARRec", {}),
     "STARRec, mamba3": ("STARRec", {"ssm_block": "mamba3", "num_layers": 2}),
@@ -55,6 +56,7 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
     ("case", "count"),
     [
         ("Mamba4Rec, two layers", 60),
+        ("RecBLR", 60),
         ("SSD4Rec", 60),
         ("STARRec, two layers", 60),
         ("STARRec, mamba3", 60),
