@@ -175,7 +175,7 @@ class PaddedRecurrence(_Padded, GatedRecurrence):
         def advance(state, row):
             alpha, entering = row
             state = alpha[..., None] * state + entering[..., None]
-            return state, state[..., 0]
+            return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
 
         after, h = recur(advance, state["h"], (torch.exp(-decay), entering))
         return h * F.silu(z), {"conv": seen[..., u.shape[1] :], "h": after}
