@@ -12,7 +12,7 @@ from recbole_ssm.ops import selective_scan, ssd, ssd_last
 from recbole_ssm.ops.packing import last_rows, positions, select_rows, single_rows
 
 LEAST_RATE = 1e-4  # of a state's decay, as in the paper's released code (A_floor)
-LEAST_DECAY = 1e-20  # of a row; it is divided by, and no sum in float32 sees it
+LEAST_DECAY = 1e-12  # of a row, which is divided by twice in the backward pass; less is none in float32
 
 
 class Mamba3(nn.Module):
@@ -66,7 +66,7 @@ class Mamba3(nn.Module):
         z, C = F.linear(select_rows(x, read) if last else x, into_outputs).split(self._outward, -1)
         x, B, decay, now, before, turn = self._inputs(F.linear(x, into_states))
         theta = self._sum_of(turn, cu_seqlens)
-        B, C = self._rotated(B, theta, "B"), self._rotated(C, select_rows(theta, read) if last else theta, "C")
+        B, C = self._rotated_B(B, theta), self._rotated_C(C, select_rows(theta, read) if last else theta)
         settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
         later = self._next(before, cu_seqlens)
         A, drive = -torch.ones_like(self.D), self._drive(x, decay, now + later)
@@ -98,7 +98,7 @@ class Mamba3(nn.Module):
         z, C = outward.split(self._outward, -1)
         x, B, decay, now, before, turn = self._inputs(inward)
         theta, angle = self._sum_of(turn, cu_seqlens, state["angle"])
-        B, C = self._rotated(B, theta, "B"), self._rotated(C, theta, "C")
+        B, C = self._rotated_B(B, theta), self._rotated_C(C, theta)
         some, first = cu_seqlens.diff() > 0, cu_seqlens[:-1].clamp_max(len(x) - 1)
         later = self._next(before, cu_seqlens)
         entering = (some[:, None] * before.index_select(0, first))[..., None] * state["x"]
@@ -145,10 +145,14 @@ class Mamba3(nn.Module):
     def _less_whole_turns(self, angle: Tensor) -> Tensor:
         return angle - 2 * math.pi * torch.floor(angle / (2 * math.pi))
 
-    def _rotated(self, matrix: Tensor, theta: Tensor, name: str) -> Tensor:
-        """``B`` or ``C`` ``[..., N]``, normed, with its bias and rotated by ``theta [..., H, n]``: ``[..., H, N]``."""
-        norm, bias = (self.B_norm, self.B_bias) if name == "B" else (self.C_norm, self.C_bias)
-        matrix = norm(matrix.to(theta.dtype))[..., None, :] + bias
+    def _rotated_B(self, B: Tensor, theta: Tensor) -> Tensor:
+        """``B [..., N]``, normed, with its bias and rotated by ``theta [..., H, n]``: ``[..., H, N]``."""
+        return self._rotated(self.B_norm(B)[..., None, :] + self.B_bias, theta)
+
+    def _rotated_C(self, C: Tensor, theta: Tensor) -> Tensor:
+        return self._rotated(self.C_norm(C.to(theta.dtype))[..., None, :] + self.C_bias, theta)
+
+    def _rotated(self, matrix: Tensor, theta: Tensor) -> Tensor:
         turning, fixed = matrix.split([2 * self.n_angles, self.d_state - 2 * self.n_angles], -1)
         first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = torch.cos(theta), torch.sin(theta)

@@ -149,7 +149,7 @@ class PaddedMamba3(_Padded, Mamba3):
         z, C = outward.split(self._outward, -1)
         x, B, decay, now, before, turn = self._inputs(inward)
         theta = state["angle"][:, None] + turn.cumsum(1)
-        B, C = self._rotated(B, theta, "B"), self._rotated(C, theta, "C")
+        B, C = self._rotated_B(B, theta), self._rotated_C(C, theta)
         later = F.pad(before[:, 1:], (0, 0, 0, 1))
         entering = before[:, 0, :, None, None] * state["x"][..., None] * state["B"][:, :, None]
 
