@@ -17,7 +17,8 @@ from torch.profiler import record_function
 
 from benchmarks import floors
 from benchmarks.floors import Cost
-from recbole_ssm.layers import MixtureOfExperts, PreferenceAwareAttention, mamba, mamba2, preference_attention
+from recbole_ssm.layers import MixtureOfExperts, PreferenceAwareAttention, mamba, mamba2, mamba3, preference_attention
+from recbole_ssm.models import recblr
 from recbole_ssm.models.base import PackedRecommender
 
 # A range's name is one of these words and a part. An op's or the loss's arithmetic is a formula (floors.py), whatever
@@ -26,7 +27,7 @@ COUNTED, BY_FORMULA = "counted", "formula"
 BACKWARD = "autograd::engine::evaluate_function"
 
 # Where the layers find their ops. With all of an op in one range, its backends can be compared.
-LAYERS = (mamba, mamba2, preference_attention)
+LAYERS = (mamba, mamba2, mamba3, preference_attention, recblr)
 OP_PARTS = {
     "selective_scan": "scan",
     "selective_scan_last": "scan",

@@ -21,7 +21,7 @@ from recbole_ssm.ops.backend import BACKENDS, is_checked, preferred, tf32_allowe
 from recbole_ssm.ops.self_check import Check, Verdict, verdicts
 
 MAIN_JOB = "STARRec"
-MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")
+MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec", "RecBLR")
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
 
@@ -47,16 +47,12 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
     if model not in MODELS:
         return []
     size = settings["hidden_size"]
-    inner = settings["expand"] * size
     found: list[tuple[str, dict[str, int]]] = []
-    if model == "SSD4Rec":
-        channels = inner + 2 * settings["d_state"]
-        heads = inner // settings["headdim"]
-        found.append(("causal_conv", {"D": channels, "K": settings["d_conv"]}))
-        found.append(("ssd", {"H": heads, "P": settings["headdim"], "G": 1, "N": settings["d_state"]}))
-    elif model == "Mamba4Rec" or settings["use_ssm"]:
-        found.append(("causal_conv", {"D": inner, "K": settings["d_conv"]}))
-        found.append(("selective_scan", {"D": inner, "N": settings["d_state"]}))
+    if model == "RecBLR":
+        units = settings["expand"] * size
+        found += [("causal_conv", {"D": units, "K": settings["d_conv"]}), ("selective_scan", {"D": units, "N": 1})]
+    elif model != "STARRec" or settings["use_ssm"]:
+        found += _needs_of_block("mamba2" if model == "SSD4Rec" else settings["ssm_block"], settings)
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]
         metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}
@@ -67,6 +63,17 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
     if model == "STARRec" and settings["use_moe"] and settings["diversity_weight"]:
         found.append(("expert_diversity", {"K": settings["experts_per_token"] or settings["n_experts"], "E": size}))
     return [(op, tuple(sizes.items())) for op, sizes in found]
+
+
+def _needs_of_block(block: str, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
+    inner, states, taps = settings["expand"] * settings["hidden_size"], settings["d_state"], settings["d_conv"]
+    if block == "mamba":
+        return [("causal_conv", {"D": inner, "K": taps}), ("selective_scan", {"D": inner, "N": states})]
+    heads = inner // settings["headdim"]
+    ssd = {"H": heads, "P": settings["headdim"], "G": 1, "N": states}
+    if block == "mamba2":
+        return [("causal_conv", {"D": inner + 2 * states, "K": taps}), ("ssd", ssd)]
+    return [("selective_scan", {"D": heads * (states // 4), "N": 1}), ("ssd", {**ssd, "G": heads})]
 
 
 def prefetch(config: Any) -> None:

@@ -60,6 +60,7 @@ def test_table(answers, capsys):
         ("causal_conv", "D 128 K 4"),
         ("causal_conv", "D 640 K 4"),
         ("selective_scan", "D 128 N 32"),
+        ("selective_scan", "D 128 N 1"),
         ("ssd", "H 32 P 16 G 1 N 64"),
         ("preference_attention", "H 8 P 8 M 8 E 64"),
     ):
@@ -73,7 +74,7 @@ def test_table(answers, capsys):
     ((checks, timed, anew),) = asked
     assert timed
     assert not anew
-    assert len(checks) == len(set(checks)) == (5 * 2 + 2 * 1) * 2  # a CPU runs two ops as their reference alone
+    assert len(checks) == len(set(checks)) == (6 * 2 + 2 * 1) * 2  # a CPU runs two ops as their reference alone
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -200,6 +201,8 @@ def test_from_the_command_to_the_children(tmp_path):
         ("STARRec", {"use_similarity": False, "attention_window": 5}),
         ("STARRec", {"use_ssm": False}),
         ("STARRec", {"use_pma": False}),
+        ("STARRec", {"ssm_block": "mamba2"}),
+        ("Mamba4Rec", {"ssm_block": "mamba3"}),
     ],
 )
 def test_needs_are_what_models_call(model, settings, monkeypatch):

@@ -13,8 +13,11 @@ from .conftest import random_rows, write_dataset
 from .launches import _autocast_on_meta, count_launches, optimizers_fused
 
 # As the models' papers have them, or RecBole; SSD4Rec as released.
-MOST = {"STARRec": 150, "Mamba4Rec": 80, "SSD4Rec": 250, "SASRec": 150}
-SETTINGS = {"SSD4Rec": {"num_layers": 2, "hidden_size": 256}, "SASRec": {"train_mode": "sequence"}}
+MOST = {"STARRec": 150, "Mamba4Rec": 80, "Mamba4Rec, mamba3": 240, "RecBLR": 230, "SSD4Rec": 250, "SASRec": 150}
+SETTINGS = {
+    "SSD4Rec": {"num_layers": 2, "hidden_size": 256}, "SASRec": {"train_mode": "sequence"},
+    "Mamba4Rec, mamba3": {"ssm_block": "mamba3"},
+}  # fmt: skip
 
 
 def prepared(name, **settings):
@@ -23,7 +26,7 @@ def prepared(name, **settings):
     settings = {"state": "ERROR", "show_progress": False, "data_path": "dataset", "train_batch_size": 256, **settings}
     if name == "SASRec":
         settings["train_neg_sample_args"] = None
-    config = Config(name, "tiny", config_dict={**settings, **SETTINGS.get(name, {})})
+    config = Config(name.partition(",")[0], "tiny", config_dict={**settings, **SETTINGS.get(name, {})})
     loaders = data_preparation(config, create_dataset(config))
     model = build_model(config, loaders[0]).to("meta")
     config["device"] = torch.device("meta")

@@ -1,5 +1,7 @@
 """Position-wise feed-forward network."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,19 +13,26 @@ class FeedForward(nn.Module):
         hidden_size: width ``d`` of the input and the output.
         dropout_prob: dropout rate.
         dropout_last: drop out after the LayerNorm rather than before the residual sum, as SSD4Rec's released code.
+        activation: in the place of GELU.
     """
 
-    def __init__(self, hidden_size: int, dropout_prob: float, dropout_last: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        dropout_prob: float,
+        dropout_last: bool = False,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ):
         super().__init__()
         self.expand = nn.Linear(hidden_size, 4 * hidden_size)
         self.contract = nn.Linear(4 * hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-        self.dropout_last = dropout_last
+        self.dropout_last, self.activation = dropout_last, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, d]`` to ``[T, d]``."""
-        hidden = self.contract(self.dropout(F.gelu(self.expand(x))))
+        hidden = self.contract(self.dropout(self.activation(self.expand(x))))
         if self.dropout_last:
             return self.dropout(self.norm(hidden + x))
         return self.norm(self.dropout(hidden) + x)

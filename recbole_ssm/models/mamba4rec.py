@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, MambaLayer
+from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, setting
+from recbole_ssm.settings import LossType, setting
 
 
-class Mamba4RecSettings(Ours):
+class Mamba4RecSettings(BlockSettings):
     """Mamba4Rec (arXiv 2403.03900). All values are the paper's settings for ml-1m."""
 
     hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16, fixed=True)
@@ -42,7 +43,7 @@ class Mamba4Rec(PackedRecommender):
         self.mamba_layers = nn.ModuleList(
             MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, n_layers > 1,
-                config["ssm_backend"],
+                config["ssm_backend"], config["ssm_block"], config["headdim"],
             )
             for _ in range(n_layers)
         )  # fmt: skip

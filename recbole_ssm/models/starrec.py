@@ -12,11 +12,12 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import MOST, Cosine, LossType, Ours, divides, setting
+from recbole_ssm.settings import MOST, Cosine, LossType, divides, setting
 
 
 class DualPathLayer(nn.Module):
@@ -38,7 +39,7 @@ class DualPathLayer(nn.Module):
         if self.use_ssm:
             self.ssm = MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
-                config["ssm_backend"],
+                config["ssm_backend"], config["ssm_block"], config["headdim"],
             )  # fmt: skip
         self.fusion_gate = None
         if self.use_pma and self.use_ssm and config["input_dependent_fusion"]:
@@ -104,7 +105,7 @@ class DualPathLayer(nn.Module):
         return gamma[:, :1] * attended + gamma[:, 1:] * scanned
 
 
-class STARRecSettings(Ours):
+class STARRecSettings(BlockSettings):
     """STAR-Rec (arXiv 2505.03484). 'paper': its published settings. Where no source is named, the choice is ours."""
 
     hidden_size: int = setting(

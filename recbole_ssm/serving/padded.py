@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
-from recbole_ssm.layers import Mamba, Mamba2, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.models.recblr import GatedRecurrence
 from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
 from recbole_ssm.models.starrec import DualPathLayer
 from recbole_ssm.ops.packing import Borders, borders, flip_rows, know, positions, select_rows
@@ -140,6 +141,46 @@ class PaddedMamba2(_Padded, Mamba2):
         return self._gate(y + self.D[:, None] * x, z), after
 
 
+class PaddedMamba3(_Padded, Mamba3):
+    """See :class:`~recbole_ssm.layers.Mamba3`."""
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        outward, inward = self.in_proj(x).split(self._widths, -1)
+        z, C = outward.split(self._outward, -1)
+        x, B, decay, now, before, turn = self._inputs(inward)
+        theta = state["angle"][:, None] + turn.cumsum(1)
+        B, C = self._rotated_B(B, theta), self._rotated_C(C, theta)
+        later = F.pad(before[:, 1:], (0, 0, 0, 1))
+        entering = before[:, 0, :, None, None] * state["x"][..., None] * state["B"][:, :, None]
+
+        def advance(state, row):
+            decay, drive, B, C = row
+            state = decay[..., None, None] * state + drive[..., None] * B[:, :, None]
+            return state, (state * C[:, :, None]).sum(-1)
+
+        columns = (torch.exp(-decay), (now + later)[..., None] * x, B, C)
+        ssm, y = recur(advance, state["ssm"] + entering, columns)
+        after = {"ssm": ssm, "x": x[:, -1], "B": B[:, -1], "angle": self._less_whole_turns(theta[:, -1])}
+        return self._gate(self._with_own(y, x, B, C, later), z), after
+
+
+class PaddedRecurrence(_Padded, GatedRecurrence):
+    """See :class:`~recbole_ssm.models.recblr.GatedRecurrence`."""
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        u, z = self.in_proj(x).chunk(2, -1)
+        seen = torch.cat([state["conv"], u.mT], -1)
+        entering, decay = self.gated(F.silu(self.conv(seen)).mT)
+
+        def advance(state, row):
+            alpha, entering = row
+            state = alpha[..., None] * state + entering[..., None]
+            return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
+
+        after, h = recur(advance, state["h"], (torch.exp(-decay), entering))
+        return h * F.silu(z), {"conv": seen[..., u.shape[1] :], "h": after}
+
+
 class PaddedBiSSDLayer(BiSSDLayer):
     """See :class:`~recbole_ssm.models.ssd4rec.BiSSDLayer`."""
 
@@ -194,6 +235,8 @@ class PaddedMixture(MixtureOfExperts):
 PADDED: dict[type, type] = {
     Mamba: PaddedMamba,
     Mamba2: PaddedMamba2,
+    Mamba3: PaddedMamba3,
+    GatedRecurrence: PaddedRecurrence,
     BiSSDLayer: PaddedBiSSDLayer,
     DualPathLayer: PaddedDualPathLayer,
     PreferenceAwareAttention: PaddedAttention,

@@ -39,9 +39,10 @@ NAME = "given"
 QUIET = {"state": "ERROR", "show_progress": False, "data_path": "dataset", "epochs": 2}
 TINY = {"hidden_size": 8, "dropout_prob": 0.1, "ssm_backend": "reference", "num_layers": 1}
 MODELS: dict[str, dict[str, Any]] = {
-    "STARRec": {**TINY, "d_state": 2, "n_heads": 2, "n_experts": 3},
-    "Mamba4Rec": {**TINY, "d_state": 2},
+    "STARRec": {**TINY, "d_state": 4, "n_heads": 2, "n_experts": 3, "headdim": 8},
+    "Mamba4Rec": {**TINY, "d_state": 4, "headdim": 8},
     "SSD4Rec": {**TINY, "d_state": 2, "headdim": 8},
+    "RecBLR": TINY,
     "SASRec": {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 2},
     "GRU4Rec": {"hidden_size": 8, "embedding_size": 8},
     "NARM": {"hidden_size": 8, "embedding_size": 8},
@@ -52,13 +53,15 @@ SHARED = ["lr_scheduler_type", "warmup_ratio", "train_mode", "time_order", "cuda
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]
+_BLOCKS = [*_MAMBA, "ssm_block", "headdim"]
 OWN: dict[str, list[str]] = {
     "STARRec": [
-        *_MAMBA, "use_time_gaps", "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
+        *_BLOCKS, "use_time_gaps", "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
         "similarity_threshold", "pma_residual", "attention_window", "input_dependent_fusion", "use_moe", "moe_level",
         "n_experts", "experts_per_token", "diversity_weight", "balance_weight",
     ],
-    "Mamba4Rec": _MAMBA,
+    "Mamba4Rec": _BLOCKS,
+    "RecBLR": ["hidden_size", "num_layers", "dropout_prob", "d_conv", "expand"],
     "SSD4Rec": [*_MAMBA, "norm_embedding", "var_len", "mask_ratio", "headdim", "bidirectional", "beta",
                 "backward_stream"],
     "SASRec": _TRANSFORMER,
@@ -288,6 +291,7 @@ def contradiction(config: Config) -> str:
     results = {name if name in {*of_scores, "gauc"} else f"{name}@{k}" for name in metrics for k in config["topk"]}
     candidates = min([ITEMS, *(int(mode[3:]) for mode in modes if mode[:3] in ("uni", "pop"))])
     size = config["hidden_size"]
+    block = "mamba2" if config["model"] == "SSD4Rec" else config["use_ssm"] is not False and config["ssm_block"]
     names = [config[f"{key}_FIELD"] for key in ("USER_ID", "ITEM_ID", "TIME", "ITEM_LIST_LENGTH", "LABEL")]
     names += [config["NEG_PREFIX"] + names[1], names[1] + config["LIST_SUFFIX"]]
     rules = {
@@ -309,7 +313,8 @@ def contradiction(config: Config) -> str:
         "two columns of one name": len(set(names)) < len(names),
         "heads": config["model"] in ("SASRec", "STARRec") and config["use_pma"] is not False
         and size % config["n_heads"] > 0,
-        "SSD's heads": config["model"] == "SSD4Rec" and config["expand"] * size % config["headdim"] > 0,
+        "SSD's heads": block in ("mamba2", "mamba3") and config["expand"] * size % config["headdim"] > 0,
+        "states to rotate": block == "mamba3" and config["d_state"] < 4,
         "no path": config["model"] == "STARRec" and not config["use_ssm"] and not config["use_pma"],
         "more experts than there are": config["model"] == "STARRec"
         and (config["experts_per_token"] or 0) > config["n_experts"],
@@ -319,7 +324,7 @@ def contradiction(config: Config) -> str:
     return "; ".join(what for what, is_so in rules.items() if is_so)
 
 
-OURS = ("STARRec", "Mamba4Rec", "SSD4Rec")
+OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR")
 # Above which a case takes seconds, or more memory than a test should.
 LARGEST = {"hidden_size": 64, "embedding_size": 64, "inner_size": 64, "num_layers": 3, "n_layers": 3, "d_state": 64,
            "expand": 8, "n_experts": 16, "MAX_ITEM_LIST_LENGTH": 256}  # fmt: skip

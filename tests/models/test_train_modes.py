@@ -16,6 +16,8 @@ from ..conftest import build
         ("STARRec", {"num_layers": 2}),
         ("Mamba4Rec", {"num_layers": 1}),
         ("Mamba4Rec", {"num_layers": 2}),
+        ("Mamba4Rec", {"num_layers": 2, "ssm_block": "mamba3"}),
+        ("RecBLR", {"num_layers": 2}),
         ("SSD4Rec", {"num_layers": 2, "bidirectional": False}),
         ("SSD4Rec", {"num_layers": 1}),
         ("SSD4Rec", {"num_layers": 1, "d_conv": 2, "norm_embedding": False}),

@@ -26,7 +26,10 @@ CASES = {
 MORE = {
     "SSD4Rec, both ways": ("SSD4Rec", {}),
     "Mamba4Rec": ("Mamba4Rec", {}),
+    "Mamba4Rec, mamba2": ("Mamba4Rec", {"ssm_block": "mamba2"}),
+    "Mamba4Rec, mamba3": ("Mamba4Rec", {"ssm_block": "mamba3", "num_layers": 2, "d_state": 10}),
     "Mamba4Rec, two layers": ("Mamba4Rec", {"num_layers": 2, "temperature": 0.5, "d_conv": 1}),
+    "RecBLR": ("RecBLR", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False, "num_layers": 2}),
     "SSD4Rec, aligned": ("SSD4Rec", {"backward_stream": "aligned", "num_layers": 2, "train_mode": "prefix"}),
     "SSD4Rec, two layers": ("SSD4Rec", {"num_layers": 2, "train_mode": "prefix", "norm_embedding": False}),

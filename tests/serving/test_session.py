@@ -17,8 +17,11 @@ LENGTH = 40
 STEPPING = {
     "Mamba4Rec": ("Mamba4Rec", {}),
     "Mamba4Rec, two layers": ("Mamba4Rec", {"num_layers": 2, "temperature": 0.5}),
+    "Mamba4Rec, mamba2": ("Mamba4Rec", {"ssm_block": "mamba2"}),
+    "RecBLR": ("RecBLR", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False}),
     "STARRec": ("STARRec", {}),
+    "STARRec, mamba3": ("STARRec", {"ssm_block": "mamba3", "num_layers": 2}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "use_time_gaps": True, "input_dependent_fusion": True}),
     "STARRec, window": ("STARRec", {"attention_window": 7, "use_similarity": False, "moe_level": "position"}),
     "STARRec, attention": ("STARRec", {"use_ssm": False, "similarity_threshold": 0.3, "use_position_embedding": False}),
@@ -53,8 +56,10 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
     ("case", "count"),
     [
         ("Mamba4Rec, two layers", 60),
+        ("RecBLR", 60),
         ("SSD4Rec", 60),
         ("STARRec, two layers", 60),
+        ("STARRec, mamba3", 60),
         *(pytest.param(case, 300, marks=pytest.mark.slow) for case in STEPPING),
     ],
 )

@@ -71,6 +71,8 @@ REFUSED = {
     "experts": ("STARRec", {"experts_per_token": 9}, r"choose a whole number from 1 to n_experts \(8\)"),
     "mask": ("SSD4Rec", {"mask_ratio": 2}, "mask_ratio is 2: choose a number from 0 to below 1"),
     "headdim": ("SSD4Rec", {"headdim": 7}, "headdim 7 does not divide expand"),
+    "headdim of a block": ("STARRec", {"ssm_block": "mamba2", "headdim": 7}, "headdim 7 does not divide expand"),
+    "states to rotate": ("Mamba4Rec", {"ssm_block": "mamba3", "d_state": 3}, "d_state is 3: choose 4 or more for"),
     "stream": ("SSD4Rec", {"backward_stream": "x"}, "backward_stream is 'x': choose one of final, aligned"),
     "padded": ("SSD4Rec", {"var_len": False, "num_layers": 1, "train_mode": "sequence"}, "set train_mode: prefix"),
     "both ways": ("SSD4Rec", {"train_mode": "sequence"}, "cannot learn from every position at once"),
