@@ -145,6 +145,7 @@ class RecBLR(PackedRecommender):
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
+        self.make_time_embeddings()
         self.dropout = nn.Dropout(config["dropout_prob"])
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         self.layers = nn.ModuleList(RecurrentLayer(config) for _ in range(config["num_layers"]))
@@ -152,7 +153,7 @@ class RecBLR(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        hidden = self.norm(self.dropout(self.item_embedding(items)))
+        hidden = self.norm(self.dropout(self.embed(items)))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens)
         return self.layers[-1](hidden, cu_seqlens, read, last)
@@ -173,7 +174,7 @@ class RecBLR(PackedRecommender):
         return self._carry(items, None, [by_layer(state, i) for i in range(len(self.layers))])
 
     def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
-        hidden = self.norm(self.item_embedding(items))
+        hidden = self.norm(self.embed(items))
         after: dict[int, dict[str, Tensor]] = {}
         layers: Any = self.layers
         for i, layer in enumerate(layers):

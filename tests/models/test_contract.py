@@ -44,6 +44,7 @@ ABLATIONS = [
     ("SSD4Rec", {"norm_embedding": False, "num_layers": 1}),
     ("RecBLR", {"num_layers": 1}),
     ("RecBLR", {"d_conv": 1}),
+    ("RecBLR", {"use_time_gaps": True}),
     ("Mamba4Rec", {"temperature": 0.1}),
     ("Mamba4Rec", {"num_layers": 2}),
     ("Mamba4Rec", {"ssm_block": "mamba2"}),
