@@ -32,7 +32,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.logs import start_logging
 from recbole_ssm.places import CHECKPOINTS_REMEDY, check_folder
 from recbole_ssm.registry import MODELS, model_class
-from recbole_ssm.results import Run
+from recbole_ssm.results import Run, protocol
 from recbole_ssm.settings.values import is_plain
 from recbole_ssm.trainer import SequenceTrainer, get_trainer
 
@@ -112,7 +112,7 @@ def fit(
         "test_result": test_result,
     }
     checkpoint = str(trainer.saved_model_file) if saved else None
-    log_results(logger, result, checkpoint)
+    log_results(config, result, checkpoint)
     timings = trainer.timings.summary() if hasattr(trainer, "timings") else {}
     return Run(config, result, checkpoint, timings, getattr(trainer, "best_epoch", None))
 
@@ -160,7 +160,7 @@ def evaluate(checkpoint: str, settings: dict[str, Any] | None = None) -> Run:
         "best_valid_result": valid_result,
         "test_result": test_result,
     }
-    log_results(logging.getLogger(), result, checkpoint)
+    log_results(config, result, checkpoint)
     return Run(config, result, checkpoint, trainer.timings.summary())
 
 
@@ -270,8 +270,10 @@ def _refuse_pickles(config: Config, dataset: Any) -> None:
             ) from error
 
 
-def log_results(logger: logging.Logger, result: dict[str, Any], checkpoint: str | None) -> None:
-    """The closing lines, RecBole's two and where the model lies."""
+def log_results(config: Config, result: dict[str, Any], checkpoint: str | None) -> None:
+    """The closing lines: how it was measured, RecBole's two and where the model lies."""
+    logger = logging.getLogger()
+    logger.info(set_color("protocol   ", "yellow") + f": {protocol(config)}")
     logger.info(set_color("best valid ", "yellow") + f": {result['best_valid_result']}")
     logger.info(set_color("test result", "yellow") + f": {result['test_result']}")
     if checkpoint is not None:

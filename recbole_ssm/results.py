@@ -14,8 +14,21 @@ import torch
 from recbole_ssm.config import Config
 from recbole_ssm.errors import CannotWrite
 from recbole_ssm.places import writing
+from recbole_ssm.settings.values import plain
 
 RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
+
+# Settings that say how metrics were measured, and what the model could know.
+PROTOCOL = (
+    "eval_args", "valid_metric", "topk", "repeatable", "exclude_history", "time_order", "request_time",
+    "user_inter_num_interval", "item_inter_num_interval",
+)  # fmt: skip
+
+
+def protocol(config: Config) -> dict[str, Any]:
+    """How the metrics of a run are measured: what two runs must have in common for their metrics to compare."""
+    given = {name: config[name] for name in PROTOCOL if config[name] is not None}
+    return {**given, "request_time": config["request_time"] or "unknown"}
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Run:
             "test_result": self.result["test_result"],
             "best_epoch": self.best_epoch,
             "checkpoint": self.checkpoint,
+            "protocol": plain(protocol(self.config)),
             "config": self.config.given,
             "versions": versions(),
             **self.timings,

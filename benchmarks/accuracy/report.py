@@ -84,6 +84,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         f"**Candidates**: all items. In columns '{FULL}' the history's items are among them, as RecBole evaluates; in "
         f"'{UNSEEN}' they are not, as gSASRec's code evaluates. The two must not be mixed.",
         "**Order**: by the exact timestamp (`time_order: exact`) but where a set's section says otherwise.",
+        "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
+        "known.",
         "**Choice**: the best epoch by NDCG@10 on the validation set, all items; tuning by the same. What the test set "
         "says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
@@ -324,6 +326,7 @@ def _title(model: str, runs: Rows, common: dict[str, Any]) -> str:
     layers = config.get("num_layers") or config.get("n_layers")
     keys = ("hidden_size", "epochs", "train_mode", "lr_scheduler_type")
     others = [f"{key} {config.get(key)}" for key in keys if config.get(key) != common.get(key)]
+    others += ["request_time known"] * (config.get("request_time") == "known")
     return ", ".join([model, f"{layers} layer{'s' * (layers != 1)}", *others])
 
 

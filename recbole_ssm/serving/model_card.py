@@ -7,17 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from recbole_ssm.data.context import NEXT, column, reads_request
+from recbole_ssm.results import protocol
 
 if TYPE_CHECKING:
     from recbole_ssm.serving.recommender import Recommender
 
 VERSIONS = ("recbole-ssm", "recbole", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-
-# Settings that say how the metrics were measured.
-PROTOCOL = (
-    "eval_args", "valid_metric", "topk", "repeatable", "exclude_history", "time_order", "request_time",
-    "user_inter_num_interval", "item_inter_num_interval",
-)  # fmt: skip
 
 SCORING = """\
 import json
@@ -67,8 +62,7 @@ def model_card(recommender: "Recommender", about: dict[str, Any]) -> str:
         "interactions": data.get("interactions", "unknown"),
         "digest of the interactions": data.get("digest", "unknown"),
     }
-    protocol = {name: config[name] for name in PROTOCOL if config[name] is not None}
-    protocol["longest history that is read"] = about["max_item_list_length"]
+    measured_by = {**protocol(config), "longest history that is read": about["max_item_list_length"]}
     metrics = results.get("best_valid_result") or {}
     measured = _table("metric", metrics) if metrics else "The checkpoint holds none."
     if metrics and "epoch" in results:
@@ -89,7 +83,7 @@ coming next. Written by recbole-ssm on {date.today().isoformat()}; digest of the
 
 ## Protocol
 
-{_table("setting", protocol)}
+{_table("setting", measured_by)}
 
 By the mode `full` all items are ranked, by others samples of them. All settings are in `config.json`.
 

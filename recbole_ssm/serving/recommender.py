@@ -330,7 +330,7 @@ class Recommender:
         return self.model.score_factors(hidden.to(table.dtype), table[self._chosen(columns)])
 
     def _chosen(self, columns: np.ndarray) -> slice | Tensor:
-        every = len(columns) == self.vocabulary.item_num - 1
+        every = len(columns) == self.vocabulary.item_num - 1 and bool((np.diff(columns) == 1).all())
         return slice(1, None) if every else torch.from_numpy(columns).to(self.device)
 
     def _full_scores(self, histories: Histories, rows: slice) -> Tensor:

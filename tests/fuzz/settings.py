@@ -49,14 +49,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "BPR": {"embedding_size": 8},
 }
 SHARED = ["lr_scheduler_type", "warmup_ratio", "train_mode", "time_order", "cuda_graphs", "exclude_history",
-          "temperature", "label_smoothing", "gbce_t", "ssm_backend", "loss_type"]  # fmt: skip
+          "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock", "request_time", "ssm_backend",
+          "loss_type"]  # fmt: skip
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]
 _BLOCKS = [*_MAMBA, "ssm_block", "headdim"]
 OWN: dict[str, list[str]] = {
     "STARRec": [
-        *_BLOCKS, "use_time_gaps", "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
+        *_BLOCKS, "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
         "similarity_threshold", "pma_residual", "attention_window", "input_dependent_fusion", "use_moe", "moe_level",
         "n_experts", "experts_per_token", "diversity_weight", "balance_weight",
     ],
@@ -304,6 +305,8 @@ def contradiction(config: Config) -> str:
         "an order without time": sequential and config["eval_args"]["order"] != "TO",
         "the history left out": sequential and not config["repeatable"],
         "what is new among samples": bool(config["exclude_history"]) and modes != {"full"},
+        "a time that nobody reads": config["request_time"] == "known" and config["model"] in OURS
+        and not config["use_time_gaps"] and not config["use_clock"],
         "scores of rankings": bool(of_scores & set(metrics)) and (bool(set(metrics) - of_scores) or "full" in modes),
         "rankings of labels": not of_scores & set(metrics) and "labeled" in modes,
         "a metric that nobody measures": config["valid_metric"].lower() not in results,

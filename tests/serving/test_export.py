@@ -41,6 +41,8 @@ MORE = {
     "SASRec": ("SASRec", {"train_mode": "sequence", "valid_metric": "NDCG@10"}),
     "GRU4Rec": ("GRU4Rec", {"valid_metric": "NDCG@10"}),
 }
+KNOWN = {"use_time_gaps": True, "use_clock": True, "request_time": "known"}
+PADDED = {**CASES, **MORE, "Mamba4Rec, the request's time": ("Mamba4Rec", KNOWN)}
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, LENGTH), (4, 5)]
 
 # Runs what an export holds where this package cannot be imported.
@@ -106,9 +108,9 @@ def loop(advance, state, columns):
     return state, torch.stack(found)
 
 
-@pytest.mark.parametrize("case", [*CASES, *MORE])
+@pytest.mark.parametrize("case", PADDED)
 def test_padded_blocks_give_the_models_scores(case, monkeypatch):
-    name, settings = (CASES | MORE)[case]
+    name, settings = PADDED[case]
     monkeypatch.setattr(padded, "scan", loop)
     served = recommender(name, MAX_ITEM_LIST_LENGTH=LENGTH, **settings)
     about = export.describe(served)

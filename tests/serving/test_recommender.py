@@ -124,6 +124,13 @@ def test_what_cannot_be_answered_is_one_sentence(call, message):
         call(recommender("Mamba4Rec"))
 
 
+def test_scores_stand_in_the_order_of_the_items_asked_for():
+    served = recommender("Mamba4Rec")
+    items = served.vocabulary.items[1:]
+    found = served.score([["i1", "i2"]], items[::-1])[0]
+    np.testing.assert_allclose(found, served.score([["i1", "i2"]], items)[0][::-1], rtol=1e-5)
+
+
 def test_a_model_of_times_asks_for_them():
     served = recommender("STARRec", use_time_gaps=True)
     with pytest.raises(UserError, match="this model reads the time of each item"):

@@ -160,6 +160,8 @@ REFUSED = {
     "smoothing": ("SASRec", {"label_smoothing": 0.1}, "SASRec reads no label_smoothing: leave it out"),
     "temperature": ("BPR", {"temperature": 0.1}, "BPR reads no temperature: leave it out"),
     "time gaps": ("SASRec", {"use_time_gaps": True}, "SASRec reads no use_time_gaps: leave it out"),
+    "time of the request": ("SASRec", {"request_time": "known"}, "SASRec reads no request_time: leave it out"),
+    "time that nobody reads": ("Mamba4Rec", {"request_time": "known"}, "Mamba4Rec, as it is set, does not read it"),
     "schedule": ("S3Rec", {"lr_scheduler_type": "cosine"}, "S3Rec reads no lr_scheduler_type: leave it out"),
     "time order": ("SASRec", {"time_order": "exact"}, "time_order: exact goes with train_mode: sequence"),
     "smoothing with BPR": ("STARRec", {"label_smoothing": 0.1, "loss_type": "BPR"}, "0 for other losses than CE"),
