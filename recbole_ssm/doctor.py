@@ -21,7 +21,8 @@ from recbole_ssm.ops.backend import BACKENDS, is_checked, preferred, tf32_allowe
 from recbole_ssm.ops.self_check import Check, Verdict, verdicts
 
 MAIN_JOB = "STARRec"
-MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")
+MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec")  # of the table
+OTHERS = ("TiM4Rec", "SS4Rec")
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
 
@@ -44,19 +45,23 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
         model: its name.
         settings: its configuration.
     """
-    if model not in MODELS:
+    if model not in (*MODELS, *OTHERS):
         return []
     size = settings["hidden_size"]
     inner = settings["expand"] * size
     found: list[tuple[str, dict[str, int]]] = []
-    if model == "SSD4Rec":
+    if model in ("SSD4Rec", "TiM4Rec"):
         channels = inner + 2 * settings["d_state"]
         heads = inner // settings["headdim"]
         found.append(("causal_conv", {"D": channels, "K": settings["d_conv"]}))
         found.append(("ssd", {"H": heads, "P": settings["headdim"], "G": 1, "N": settings["d_state"]}))
-    elif model == "Mamba4Rec" or settings["use_ssm"]:
+    elif model in ("Mamba4Rec", "SS4Rec") or settings["use_ssm"]:
         found.append(("causal_conv", {"D": inner, "K": settings["d_conv"]}))
         found.append(("selective_scan", {"D": inner, "N": settings["d_state"]}))
+    if model == "TiM4Rec" and settings["time_aware"]:
+        found.append(("causal_conv", {"D": inner // settings["headdim"], "K": settings["d_conv"]}))
+    if model == "SS4Rec":
+        found.append(("selective_scan", {"D": 2 * settings["d_time_state"], "N": 1}))
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]
         metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}

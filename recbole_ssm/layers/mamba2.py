@@ -114,8 +114,8 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
         x, B, C = self._split(xBC)
         y, ssm = ssd(
-            x, _scaled(dt, step_scale), self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
-            initial_state=state["ssm"], **settings,
+            x, _scaled(dt, step_scale), self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias,
+            dt_softplus=True, initial_state=state["ssm"], **settings,
         )  # fmt: skip
         return self.out_proj(self._gate(y, z)), {"conv": conv, "ssm": ssm}
 

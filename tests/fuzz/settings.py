@@ -42,6 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "STARRec": {**TINY, "d_state": 2, "n_heads": 2, "n_experts": 3},
     "Mamba4Rec": {**TINY, "d_state": 2},
     "SSD4Rec": {**TINY, "d_state": 2, "headdim": 8},
+    "TiM4Rec": {**TINY, "d_state": 2, "headdim": 8},
+    "SS4Rec": {**TINY, "d_state": 2, "d_time_state": 2},
     "SASRec": {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 2},
     "GRU4Rec": {"hidden_size": 8, "embedding_size": 8},
     "NARM": {"hidden_size": 8, "embedding_size": 8},
@@ -61,6 +63,8 @@ OWN: dict[str, list[str]] = {
     "Mamba4Rec": _MAMBA,
     "SSD4Rec": [*_MAMBA, "norm_embedding", "var_len", "mask_ratio", "headdim", "bidirectional", "beta",
                 "backward_stream"],
+    "TiM4Rec": [*_MAMBA, "headdim", "time_aware", "time_dropout_prob"],
+    "SS4Rec": [*_MAMBA, "time_aware", "d_time_state", "time_unit"],
     "SASRec": _TRANSFORMER,
     "GRU4Rec": ["embedding_size", "hidden_size", "num_layers", "dropout_prob"],
     "NARM": ["embedding_size", "hidden_size"],
@@ -309,7 +313,8 @@ def contradiction(config: Config) -> str:
         "two columns of one name": len(set(names)) < len(names),
         "heads": config["model"] in ("SASRec", "STARRec") and config["use_pma"] is not False
         and size % config["n_heads"] > 0,
-        "SSD's heads": config["model"] == "SSD4Rec" and config["expand"] * size % config["headdim"] > 0,
+        "SSD's heads": config["model"] in ("SSD4Rec", "TiM4Rec")
+        and config["expand"] * size % config["headdim"] > 0,
         "no path": config["model"] == "STARRec" and not config["use_ssm"] and not config["use_pma"],
         "more experts than there are": config["model"] == "STARRec"
         and (config["experts_per_token"] or 0) > config["n_experts"],
@@ -319,7 +324,7 @@ def contradiction(config: Config) -> str:
     return "; ".join(what for what, is_so in rules.items() if is_so)
 
 
-OURS = ("STARRec", "Mamba4Rec", "SSD4Rec")
+OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "TiM4Rec", "SS4Rec")
 # Above which a case takes seconds, or more memory than a test should.
 LARGEST = {"hidden_size": 64, "embedding_size": 64, "inner_size": 64, "num_layers": 3, "n_layers": 3, "d_state": 64,
            "expand": 8, "n_experts": 16, "MAX_ITEM_LIST_LENGTH": 256}  # fmt: skip
