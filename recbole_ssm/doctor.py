@@ -21,7 +21,8 @@ from recbole_ssm.ops.backend import BACKENDS, is_checked, preferred, tf32_allowe
 from recbole_ssm.ops.self_check import Check, Verdict, verdicts
 
 MAIN_JOB = "STARRec"
-MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec", "RecBLR")
+MODELS = (MAIN_JOB, "Mamba4Rec", "SSD4Rec", "RecBLR")  # of the table
+OTHERS = ("TiM4Rec", "SS4Rec")
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("recbole-ssm", "recbole", *self_check.PACKAGES)
 
@@ -44,7 +45,7 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
         model: its name.
         settings: its configuration.
     """
-    if model not in MODELS:
+    if model not in (*MODELS, *OTHERS):
         return []
     size = settings["hidden_size"]
     found: list[tuple[str, dict[str, int]]] = []
@@ -52,7 +53,13 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
         units = settings["expand"] * size
         found += [("causal_conv", {"D": units, "K": settings["d_conv"]}), ("selective_scan", {"D": units, "N": 1})]
     elif model != "STARRec" or settings["use_ssm"]:
-        found += _needs_of_block("mamba2" if model == "SSD4Rec" else settings["ssm_block"], settings)
+        block = {"SSD4Rec": "mamba2", "TiM4Rec": "mamba2", "SS4Rec": "mamba"}.get(model) or settings["ssm_block"]
+        found += _needs_of_block(block, settings)
+    if model == "TiM4Rec" and settings["time_aware"]:
+        heads = settings["expand"] * size // settings["headdim"]
+        found.append(("causal_conv", {"D": heads, "K": settings["d_conv"]}))
+    if model == "SS4Rec":
+        found.append(("selective_scan", {"D": 2 * settings["d_time_state"], "N": 1}))
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]
         metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}

@@ -13,7 +13,10 @@ from .conftest import random_rows, write_dataset
 from .launches import _autocast_on_meta, count_launches, optimizers_fused
 
 # As the models' papers have them, or RecBole; SSD4Rec as released.
-MOST = {"STARRec": 150, "Mamba4Rec": 80, "Mamba4Rec, mamba3": 240, "RecBLR": 230, "SSD4Rec": 250, "SASRec": 150}
+MOST = {
+    "STARRec": 150, "Mamba4Rec": 80, "Mamba4Rec, mamba3": 240, "RecBLR": 230, "SSD4Rec": 250, "TiM4Rec": 300,
+    "SS4Rec": 400, "SASRec": 150,
+}  # fmt: skip
 SETTINGS = {
     "SSD4Rec": {"num_layers": 2, "hidden_size": 256}, "SASRec": {"train_mode": "sequence"},
     "Mamba4Rec, mamba3": {"ssm_block": "mamba3"},

@@ -43,9 +43,16 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
-        """See :meth:`recbole_ssm.layers.Mamba.forward`."""
-        return self.out_proj(self.inner(x, cu_seqlens, read, last))
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        read: Tensor | None = None,
+        last: bool = False,
+        step_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`recbole_ssm.layers.Mamba.forward`, and :meth:`inner` for ``step_scale``."""
+        return self.out_proj(self.inner(x, cu_seqlens, read, last, step_scale=step_scale))
 
     def inner(
         self,
@@ -54,6 +61,7 @@ class Mamba2(nn.Module):
         read: Tensor | None = None,
         last: bool = False,
         order: Tensor | None = None,
+        step_scale: Tensor | None = None,
     ) -> Tensor:
         """What the block's last projection, ``out_proj``, is of: ``[R, H P]``, or ``[T, H P]`` where all rows are read.
 
@@ -64,6 +72,7 @@ class Mamba2(nn.Module):
             last: see there.
             order: row of ``x`` that each of the sequences' is, integer ``[T]``, where they are not the same. A row that
                 several are is projected once.
+            step_scale: what multiplies the raw step sizes, before bias and softplus, ``[T, H]``; 1 where absent.
         """
         if read is None:
             z, xBC, dt = select_rows(self.in_proj(x), order).split([self.d_inner, *self._widths], dim=-1)
@@ -71,6 +80,7 @@ class Mamba2(nn.Module):
             into_gate, into_scan = self.in_proj.weight.split([self.d_inner, sum(self._widths)])
             z = F.linear(x.index_select(0, read if order is None else order.index_select(0, read)), into_gate)
             xBC, dt = select_rows(F.linear(x, into_scan), order).split(self._widths, dim=-1)
+        dt = _scaled(dt, step_scale)
         x, B, C = self._split(self._convolve(xBC, self.conv.weight.squeeze(1), self.conv.bias, cu_seqlens))
         settings: dict[str, Any] = {
             "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "cu_seqlens": cu_seqlens,
@@ -86,8 +96,14 @@ class Mamba2(nn.Module):
         new = self.D.new_zeros
         return {"conv": new(count, width, taps - 1), "ssm": new(count, len(self.D), self.headdim, self.d_state)}
 
-    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`recbole_ssm.layers.Mamba.carry`.
+    def carry(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        state: dict[str, Tensor],
+        step_scale: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`recbole_ssm.layers.Mamba.carry`, and :meth:`inner` for ``step_scale``.
 
         The state is ``conv [S, H P + 2 N, d_conv-1]`` and ``ssm [S, H, P, N]``.
         """
@@ -98,8 +114,8 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
         x, B, C = self._split(xBC)
         y, ssm = ssd(
-            x, dt, self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
-            initial_state=state["ssm"], **settings,
+            x, _scaled(dt, step_scale), self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias,
+            dt_softplus=True, initial_state=state["ssm"], **settings,
         )  # fmt: skip
         return self.out_proj(self._gate(y, z)), {"conv": conv, "ssm": ssm}
 
@@ -196,3 +212,7 @@ class Mamba2(nn.Module):
             one, one, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return dt * left[..., 0]
+
+
+def _scaled(dt: Tensor, scale: Tensor | None) -> Tensor:
+    return dt if scale is None else (dt * scale).to(dt.dtype)

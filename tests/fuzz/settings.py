@@ -43,6 +43,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mamba4Rec": {**TINY, "d_state": 4, "headdim": 8},
     "SSD4Rec": {**TINY, "d_state": 2, "headdim": 8},
     "RecBLR": TINY,
+    "TiM4Rec": {**TINY, "d_state": 2, "headdim": 8},
+    "SS4Rec": {**TINY, "d_state": 2, "d_time_state": 2},
     "SASRec": {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 2},
     "GRU4Rec": {"hidden_size": 8, "embedding_size": 8},
     "NARM": {"hidden_size": 8, "embedding_size": 8},
@@ -65,6 +67,8 @@ OWN: dict[str, list[str]] = {
     "RecBLR": ["hidden_size", "num_layers", "dropout_prob", "d_conv", "expand"],
     "SSD4Rec": [*_MAMBA, "norm_embedding", "var_len", "mask_ratio", "headdim", "bidirectional", "beta",
                 "backward_stream"],
+    "TiM4Rec": [*_MAMBA, "headdim", "time_aware", "time_dropout_prob"],
+    "SS4Rec": [*_MAMBA, "time_aware", "d_time_state", "time_unit"],
     "SASRec": _TRANSFORMER,
     "GRU4Rec": ["embedding_size", "hidden_size", "num_layers", "dropout_prob"],
     "NARM": ["embedding_size", "hidden_size"],
@@ -292,7 +296,9 @@ def contradiction(config: Config) -> str:
     results = {name if name in {*of_scores, "gauc"} else f"{name}@{k}" for name in metrics for k in config["topk"]}
     candidates = min([ITEMS, *(int(mode[3:]) for mode in modes if mode[:3] in ("uni", "pop"))])
     size = config["hidden_size"]
-    block = "mamba2" if config["model"] == "SSD4Rec" else config["use_ssm"] is not False and config["ssm_block"]
+    block = config["use_ssm"] is not False and config["ssm_block"]
+    if config["model"] in ("SSD4Rec", "TiM4Rec"):
+        block = "mamba2"
     names = [config[f"{key}_FIELD"] for key in ("USER_ID", "ITEM_ID", "TIME", "ITEM_LIST_LENGTH", "LABEL")]
     names += [config["NEG_PREFIX"] + names[1], names[1] + config["LIST_SUFFIX"]]
     rules = {
@@ -327,7 +333,7 @@ def contradiction(config: Config) -> str:
     return "; ".join(what for what, is_so in rules.items() if is_so)
 
 
-OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR")
+OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR", "TiM4Rec", "SS4Rec")
 # Above which a case takes seconds, or more memory than a test should.
 LARGEST = {"hidden_size": 64, "embedding_size": 64, "inner_size": 64, "num_layers": 3, "n_layers": 3, "d_state": 64,
            "expand": 8, "n_experts": 16, "MAX_ITEM_LIST_LENGTH": 256}  # fmt: skip

@@ -259,6 +259,8 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "ssm_block": (one_of("mamba", "mamba2", "mamba3"), ["mamba", "mamba2", "mamba3", "mamba4", 2]),
     "norm_embedding": _SWITCH, "var_len": _SWITCH, "bidirectional": _SWITCH, "beta": (number(0, 1e6), [0, 0.1, 1, -1]),
     "backward_stream": (one_of("final", "aligned"), ["final", "aligned", "both"]),
+    "time_aware": _SWITCH, "time_dropout_prob": _SHARE, "d_time_state": (whole(1, 2**12), [1, 2, 16, 0, -1, 2.5]),
+    "time_unit": (number(0, 1e15, above=True), [1, 86400, 0.5, 0, -1, "1"]),
     "use_time_gaps": _SWITCH, "use_position_embedding": _SWITCH, "use_ssm": _SWITCH, "use_pma": _SWITCH,
     "use_similarity": _SWITCH, "pma_residual": _SWITCH, "input_dependent_fusion": _SWITCH, "use_moe": _SWITCH,
     "similarity_threshold": (either(number(-1, 1), listed(number(-1, 1), 1)),

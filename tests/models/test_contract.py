@@ -7,6 +7,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
 from recbole_ssm import UserError, run_recbole
+from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
 from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK
 from recbole_ssm.ops.both_ways import both_ways
@@ -50,6 +51,11 @@ ABLATIONS = [
     ("Mamba4Rec", {"ssm_block": "mamba2"}),
     ("Mamba4Rec", {"ssm_block": "mamba3"}),
     ("Mamba4Rec", {"train_mode": "prefix"}),
+    ("TiM4Rec", {"time_aware": False}),
+    ("TiM4Rec", {"num_layers": 1}),
+    ("SS4Rec", {"time_aware": False}),
+    ("SS4Rec", {"time_unit": 86400.0}),
+    ("SS4Rec", {"request_time": "known"}),
 ]
 
 
@@ -57,13 +63,14 @@ def total(loss):
     return sum(loss) if isinstance(loss, tuple) else loss
 
 
-def rows(item_lists, width=12):
-    """Padded rows as RecBole makes them."""
+def rows(model, item_lists, width=12):
+    """Padded rows as RecBole makes them; what the model reads of times follows from the items."""
     padded = torch.zeros(len(item_lists), width, dtype=torch.int64)
     for row, items in zip(padded, item_lists, strict=True):
         row[: len(items)] = torch.tensor(items)
     lengths = torch.tensor([len(items) for items in item_lists])
-    return Interaction({"item_id_list": padded, "item_length": lengths, "item_id": lengths})
+    times = {SequenceDataset.TIME_COLUMNS: padded[..., None].repeat(1, 1, len(model.columns))} if model.columns else {}
+    return Interaction({"item_id_list": padded, "item_length": lengths, "item_id": lengths, **times})
 
 
 @every_model
@@ -85,11 +92,11 @@ def test_padding_and_batch_mates_change_nothing(name):
     _, model, _ = build(name, num_layers=2)
     model.eval()
     lists = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4]]
-    together = model.full_sort_predict(rows(lists))
+    together = model.full_sort_predict(rows(model, lists))
     for items, scores in zip(lists, together, strict=True):
-        alone = model.full_sort_predict(rows([items], width=len(items)))[0]
+        alone = model.full_sort_predict(rows(model, [items], width=len(items)))[0]
         torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
-    backwards = model.full_sort_predict(rows(lists[::-1]))
+    backwards = model.full_sort_predict(rows(model, lists[::-1]))
     torch.testing.assert_close(backwards.flip(0), together, rtol=1e-4, atol=1e-5)
 
 
@@ -177,10 +184,10 @@ def test_every_switch_runs_and_matters(name, switch):
     assert scores.isfinite().all()
     if switch.keys() <= {"mask_ratio", "diversity_weight", "balance_weight", "train_mode", "ssm_backend"}:
         return  # these change training or speed, not scores
-    _, plain, _ = build(name)
+    _, plain, (_, _, of_plain) = build(name)
     if {n: p.shape for n, p in plain.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}:
         plain.load_state_dict(model.state_dict())
-        assert not torch.equal(plain.eval().full_sort_predict(test_data._dataset[np.arange(4)]), scores)
+        assert not torch.equal(plain.eval().full_sort_predict(of_plain._dataset[np.arange(4)]), scores)
 
 
 def test_mask_ratio_masks_that_share_in_training_only():

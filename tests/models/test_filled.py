@@ -35,11 +35,12 @@ def assert_same_when_filled(name, mode, batches=2, **settings):
 
 
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
-@pytest.mark.parametrize("name", ["Mamba4Rec", "STARRec", "SSD4Rec"])
+@pytest.mark.parametrize("name", ["Mamba4Rec", "STARRec", "SSD4Rec", "TiM4Rec", "SS4Rec"])
 def test_our_models(name, mode):
     layers = {"num_layers": 1 if mode == "sequence" else 2} if name == "SSD4Rec" else {}
     masks = {"mask_ratio": 0.0} if name == "SSD4Rec" else {}
-    assert_same_when_filled(name, mode, dropout_prob=0.0, **layers, **masks)
+    times = {"time_dropout_prob": 0.0} if name == "TiM4Rec" else {}
+    assert_same_when_filled(name, mode, dropout_prob=0.0, **layers, **masks, **times)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)

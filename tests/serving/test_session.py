@@ -20,6 +20,10 @@ STEPPING = {
     "Mamba4Rec, mamba2": ("Mamba4Rec", {"ssm_block": "mamba2"}),
     "RecBLR": ("RecBLR", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False}),
+    "TiM4Rec": ("TiM4Rec", {}),
+    "TiM4Rec, without time": ("TiM4Rec", {"time_aware": False, "num_layers": 1}),
+    "SS4Rec": ("SS4Rec", {"time_unit": 1000.0}),
+    "SS4Rec, asked at a time": ("SS4Rec", {"time_unit": 1000.0, "request_time": "known"}),
     "STARRec": ("STARRec", {}),
     "STARRec, mamba3": ("STARRec", {"ssm_block": "mamba3", "num_layers": 2}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "use_time_gaps": True, "input_dependent_fusion": True}),
@@ -58,6 +62,9 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
         ("Mamba4Rec, two layers", 60),
         ("RecBLR", 60),
         ("SSD4Rec", 60),
+        ("TiM4Rec", 60),
+        ("SS4Rec", 60),
+        ("SS4Rec, asked at a time", 60),
         ("STARRec, two layers", 60),
         ("STARRec, mamba3", 60),
         *(pytest.param(case, 300, marks=pytest.mark.slow) for case in STEPPING),
@@ -69,6 +76,7 @@ def test_events_one_by_one_are_the_full_forward(case, count):
     endless = longer(name, settings, served, count)
     items, times = events(served, count)
     sessions = {rule: served.session(rule) for rule in ("window", "endless")}
+    asked = 700.0 if settings.get("request_time") == "known" else None  # after the last event
     assert not sessions["window"].recomputes
     for n, (item, time) in enumerate(zip(items, times, strict=True), 1):
         for session in sessions.values():
@@ -76,15 +84,16 @@ def test_events_one_by_one_are_the_full_forward(case, count):
         if (3 < n < LENGTH - 1 and n % 7) or (n > LENGTH + 2 and n % 59 and n != count):
             continue
         for rule, reader in (("window", served), ("endless", endless)):
-            expected = reader.score([items[:n]], served.vocabulary.items[1:], [times[:n]])[0]
-            (found,) = scores_of(sessions[rule])
+            at = None if asked is None else [time + asked]
+            expected = reader.score([items[:n]], served.vocabulary.items[1:], [times[:n]], at)[0]
+            (found,) = scores_of(sessions[rule], at)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert len(sessions["endless"].state) == count
 
 
-def scores_of(session) -> list[np.ndarray]:
+def scores_of(session, at=None) -> list[np.ndarray]:
     """Scores of all items, in the order of their ids."""
-    ids, scores = session._sessions.top([session.state], 10**9, exclude_seen=False)
+    ids, scores = session._sessions.top([session.state], 10**9, exclude_seen=False, at=at)
     return [row[np.argsort(order)] for row, order in zip(scores, ids, strict=True)]
 
 
