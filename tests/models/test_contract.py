@@ -157,7 +157,7 @@ def test_learnable_data_is_learned_and_random_data_is_not(name):
     """With 100 items a random ranking has an NDCG@10 of about 0.045."""
     settings = {
         **small_settings(name), "hidden_size": 32, "num_layers": 1, "epochs": 12, "learning_rate": 0.01,
-        "train_batch_size": 512, "state": "ERROR", "show_progress": False, "stopping_step": 3,
+        "train_batch_size": 512, "dropout_prob": 0.2, "state": "ERROR", "show_progress": False, "stopping_step": 3,
     }  # fmt: skip
     results = {}
     for dataset, noise in (("chain", 0.1), ("noise", 1.0)):
