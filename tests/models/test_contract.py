@@ -49,6 +49,14 @@ ABLATIONS = [
     ("Mamba4Rec", {"ssm_block": "mamba2"}),
     ("Mamba4Rec", {"ssm_block": "mamba3"}),
     ("Mamba4Rec", {"train_mode": "prefix"}),
+    ("BSARec", {"alpha": 0.0}),
+    ("BSARec", {"alpha": 1.0}),
+    ("BSARec", {"c": 0}),
+    ("BSARec", {"use_clock": True}),
+    ("eSASRec", {"sampling_correction": True}),
+    ("eSASRec", {"train_mode": "prefix"}),
+    ("eSASRec", {"n_heads": 1}),
+    ("eSASRec", {"use_clock": True}),
 ]
 
 
@@ -174,7 +182,7 @@ def test_every_switch_runs_and_matters(name, switch):
     total(model.train().calculate_loss(next(iter(train_data)))).backward()
     scores = model.eval().full_sort_predict(test_data._dataset[np.arange(4)])
     assert scores.isfinite().all()
-    if switch.keys() <= {"mask_ratio", "diversity_weight", "balance_weight", "train_mode", "ssm_backend"}:
+    if switch.keys() <= {"mask_ratio", "diversity_weight", "balance_weight", "train_mode", "ssm_backend", "sampling_correction"}:
         return  # these change training or speed, not scores
     _, plain, _ = build(name)
     if {n: p.shape for n, p in plain.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}:

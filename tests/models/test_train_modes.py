@@ -18,6 +18,7 @@ from ..conftest import build
         ("Mamba4Rec", {"num_layers": 2}),
         ("Mamba4Rec", {"num_layers": 2, "ssm_block": "mamba3"}),
         ("RecBLR", {"num_layers": 2}),
+        ("eSASRec", {"loss_type": "CE"}),
         ("SSD4Rec", {"num_layers": 2, "bidirectional": False}),
         ("SSD4Rec", {"num_layers": 1}),
         ("SSD4Rec", {"num_layers": 1, "d_conv": 2, "norm_embedding": False}),
