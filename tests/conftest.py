@@ -22,7 +22,7 @@ from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.quick_start import build_model
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float"
-SMALL = {"hidden_size": 16, "d_state": 4, "headdim": 8, "n_heads": 2, "n_experts": 3}
+SMALL = {"hidden_size": 16, "d_state": 4, "headdim": 8, "n_heads": 2, "n_experts": 3, "inner_size": 32}
 
 
 @pytest.fixture(autouse=True)

@@ -39,11 +39,13 @@ class PackedRecommender(SequentialRecommender):
         columns: names of what is read of events' times, in the order in which they stand beside the ids of ``items``
             (:mod:`recbole_ssm.data.context`).
         fillable: whether inert rows leave the loss as it is (:meth:`SequenceBatch.filled`).
+        corrects_samples: whether ``SampledSoftmax`` corrects for how few negatives are drawn.
     """
 
     one_pass = True
     columns: tuple[str, ...] = ()
     fillable = True
+    corrects_samples = True
     item_embedding: nn.Embedding
 
     def __init__(self, config, dataset):
@@ -184,7 +186,7 @@ class PackedRecommender(SequentialRecommender):
         others = self.n_items - 2  # neither the padding nor the positive itself
         if self.loss_type == "gBCE":
             return gbce(positive, negative, others, self.gbce_t, weights)
-        return sampled_softmax(positive, negative, others, weights)
+        return sampled_softmax(positive, negative, others if self.corrects_samples else self.n_negatives, weights)
 
     def score_factors(self, hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """What scores are inner products of: hidden states ``[M, d]`` and item embeddings ``[n, d]`` as they are.

@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "RecBLR": TINY,
     "TiM4Rec": {**TINY, "d_state": 2, "headdim": 8},
     "SS4Rec": {**TINY, "d_state": 2, "d_time_state": 2},
+    "BSARec": {**TINY, "n_heads": 2},
+    "eSASRec": {**TINY, "n_heads": 2, "inner_size": 8},
     "SASRec": {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 2},
     "GRU4Rec": {"hidden_size": 8, "embedding_size": 8},
     "NARM": {"hidden_size": 8, "embedding_size": 8},
@@ -65,6 +67,8 @@ OWN: dict[str, list[str]] = {
     ],
     "Mamba4Rec": _BLOCKS,
     "RecBLR": ["hidden_size", "num_layers", "dropout_prob", "d_conv", "expand"],
+    "BSARec": ["hidden_size", "num_layers", "n_heads", "alpha", "c", "dropout_prob", "attn_dropout_prob"],
+    "eSASRec": ["hidden_size", "num_layers", "n_heads", "inner_size", "dropout_prob", "sampling_correction"],
     "SSD4Rec": [*_MAMBA, "norm_embedding", "var_len", "mask_ratio", "headdim", "bidirectional", "beta",
                 "backward_stream"],
     "TiM4Rec": [*_MAMBA, "headdim", "time_aware", "time_dropout_prob"],
@@ -320,7 +324,7 @@ def contradiction(config: Config) -> str:
         and metrics != ["gauc"],
         "a split of groups": "LS" in config["eval_args"]["split"] and config["eval_args"]["group_by"] != "user",
         "two columns of one name": len(set(names)) < len(names),
-        "heads": config["model"] in ("SASRec", "STARRec") and config["use_pma"] is not False
+        "heads": config["model"] in ("SASRec", "STARRec", "BSARec", "eSASRec") and config["use_pma"] is not False
         and size % config["n_heads"] > 0,
         "SSD's heads": block in ("mamba2", "mamba3") and config["expand"] * size % config["headdim"] > 0,
         "states to rotate": block == "mamba3" and config["d_state"] < 4,
@@ -333,7 +337,7 @@ def contradiction(config: Config) -> str:
     return "; ".join(what for what, is_so in rules.items() if is_so)
 
 
-OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR", "TiM4Rec", "SS4Rec")
+OURS = ("STARRec", "Mamba4Rec", "SSD4Rec", "RecBLR", "TiM4Rec", "SS4Rec", "BSARec", "eSASRec")
 # Above which a case takes seconds, or more memory than a test should.
 LARGEST = {"hidden_size": 64, "embedding_size": 64, "inner_size": 64, "num_layers": 3, "n_layers": 3, "d_state": 64,
            "expand": 8, "n_experts": 16, "MAX_ITEM_LIST_LENGTH": 256}  # fmt: skip

@@ -56,6 +56,14 @@ ABLATIONS = [
     ("SS4Rec", {"time_aware": False}),
     ("SS4Rec", {"time_unit": 86400.0}),
     ("SS4Rec", {"request_time": "known"}),
+    ("BSARec", {"alpha": 0.0}),
+    ("BSARec", {"alpha": 1.0}),
+    ("BSARec", {"c": 0}),
+    ("BSARec", {"use_clock": True}),
+    ("eSASRec", {"sampling_correction": True}),
+    ("eSASRec", {"train_mode": "prefix"}),
+    ("eSASRec", {"n_heads": 1}),
+    ("eSASRec", {"use_clock": True}),
 ]
 
 
@@ -165,7 +173,7 @@ def test_learnable_data_is_learned_and_random_data_is_not(name):
     """With 100 items a random ranking has an NDCG@10 of about 0.045."""
     settings = {
         **small_settings(name), "hidden_size": 32, "num_layers": 1, "epochs": 12, "learning_rate": 0.01,
-        "train_batch_size": 512, "state": "ERROR", "show_progress": False, "stopping_step": 3,
+        "train_batch_size": 512, "dropout_prob": 0.2, "state": "ERROR", "show_progress": False, "stopping_step": 3,
     }  # fmt: skip
     results = {}
     for dataset, noise in (("chain", 0.1), ("noise", 1.0)):
@@ -182,7 +190,14 @@ def test_every_switch_runs_and_matters(name, switch):
     total(model.train().calculate_loss(next(iter(train_data)))).backward()
     scores = model.eval().full_sort_predict(test_data._dataset[np.arange(4)])
     assert scores.isfinite().all()
-    if switch.keys() <= {"mask_ratio", "diversity_weight", "balance_weight", "train_mode", "ssm_backend"}:
+    if switch.keys() <= {
+        "mask_ratio",
+        "diversity_weight",
+        "balance_weight",
+        "train_mode",
+        "ssm_backend",
+        "sampling_correction",
+    }:
         return  # these change training or speed, not scores
     _, plain, (_, _, of_plain) = build(name)
     if {n: p.shape for n, p in plain.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}:

@@ -21,6 +21,7 @@ from ..conftest import build
         ("TiM4Rec", {"time_dropout_prob": 0.0}),
         ("SS4Rec", {}),
         ("SS4Rec", {"request_time": "known"}),
+        ("eSASRec", {"loss_type": "CE"}),
         ("SSD4Rec", {"num_layers": 2, "bidirectional": False}),
         ("SSD4Rec", {"num_layers": 1}),
         ("SSD4Rec", {"num_layers": 1, "d_conv": 2, "norm_embedding": False}),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ STEPPING = {
     "Mamba4Rec, two layers": ("Mamba4Rec", {"num_layers": 2, "temperature": 0.5}),
     "Mamba4Rec, mamba2": ("Mamba4Rec", {"ssm_block": "mamba2"}),
     "RecBLR": ("RecBLR", {}),
+    "eSASRec": ("eSASRec", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False}),
     "TiM4Rec": ("TiM4Rec", {}),
     "TiM4Rec, without time": ("TiM4Rec", {"time_aware": False, "num_layers": 1}),
@@ -32,6 +34,7 @@ STEPPING = {
     "STARRec, state space": ("STARRec", {"use_pma": False, "use_moe": False}),
 }  # fmt: skip
 RECOMPUTING = {
+    "BSARec": ("BSARec", {}),
     "SSD4Rec, both ways": ("SSD4Rec", {}),
     "SASRec": ("SASRec", {"train_mode": "sequence", "valid_metric": "NDCG@10"}),
     "GRU4Rec": ("GRU4Rec", {"valid_metric": "NDCG@10"}),
@@ -53,6 +56,11 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
     if (key := "position_embedding.weight") in weights:
         weights[key] = torch.cat([weights[key], weights[key][-1:].expand(length - LENGTH, -1)])
     other.model.load_state_dict(weights)
+    if name == "eSASRec":  # which has no such setting
+        for layer in other.model.layers:
+            layer.attention._context = partial(layer.attention._context, window=LENGTH)
+        encode = other.model.encode
+        other.model.encode = lambda items, cu_seqlens, read, last: encode(items, cu_seqlens, read)
     return other
 
 
@@ -61,6 +69,7 @@ def longer(name: str, settings: dict, served: Recommender, length: int) -> Recom
     [
         ("Mamba4Rec, two layers", 60),
         ("RecBLR", 60),
+        ("eSASRec", 60),
         ("SSD4Rec", 60),
         ("TiM4Rec", 60),
         ("SS4Rec", 60),
