@@ -258,8 +258,10 @@ class Config(recbole.config.Config):
             # RecBole would complete it for a random split, which no sequential model can be evaluated by.
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
-            # Not what a property file says, for it may have been written for another loss.
-            if str(final.get("loss_type")) in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
+            # Not what a property file says, for it may have been written for another loss. Of the models of RecBole
+            # that say what rows they read (SINE) some want negatives whatever their loss.
+            by_loss = str(final.get("loss_type")) in NEGATIVES and not hasattr(self.model_class, "input_type")
+            if by_loss and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.

@@ -223,7 +223,13 @@ class KD_DAGFM(Recboles):
     teacher: Literal["CrossNet", "CIN"] = setting("CrossNet", "Network to learn from.")
 
 
-SCHEMAS: dict[str, type[Common]] = {"SASRec": SASRec, "GRU4Rec": GRU4Rec, "KD_DAGFM": KD_DAGFM}
+class SINE(RecbolesSequential):
+    """What RecBole gives negatives with its loss over all items, too."""
+
+    reads_negatives = True
+
+
+SCHEMAS: dict[str, type[Common]] = {"SASRec": SASRec, "GRU4Rec": GRU4Rec, "SINE": SINE, "KD_DAGFM": KD_DAGFM}
 
 
 def fixed() -> set[str]:
