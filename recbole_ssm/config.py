@@ -258,9 +258,9 @@ class Config(recbole.config.Config):
             # RecBole would complete it for a random split, which no sequential model can be evaluated by.
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
-            # Not what a property file says, for it may have been written for another loss. Of the models of RecBole
-            # that say what rows they read (SINE) some want negatives whatever their loss.
-            by_loss = str(final.get("loss_type")) in NEGATIVES and not hasattr(self.model_class, "input_type")
+            # Not what a property file says, for it may have been written for another loss; SINE wants pairs with any.
+            by_loss = getattr(self.model_class, "input_type", None) != InputType.PAIRWISE
+            by_loss &= str(final.get("loss_type")) in NEGATIVES
             if by_loss and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
@@ -281,7 +281,7 @@ class Config(recbole.config.Config):
         if self.model not in MODELS and final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
             raise UserError(
                 f"{self.model} cannot be trained on whole histories (train_mode: sequence): of RecBole's models "
-                f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
+                f"{', '.join(CAUSAL_MODELS[:-1])} and {CAUSAL_MODELS[-1]} can. Leave --train_mode out."
             )
         sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         own_trainer = get_trainer(final["MODEL_TYPE"], self.model) is not recbole.trainer.Trainer

@@ -51,6 +51,7 @@ OF_MODELS: dict[str, dict[str, Any]] = {
 
 # It draws as many users as there are items a step, which must not be more than there are.
 OF_MODELS["DGCF"] = {"train_batch_size": 64}
+OF_MODELS["RepeatNet"] = {"train_neg_sample_args": None}
 OF_MODELS["NCL"] = {"num_clusters": 8}  # of users, and of items
 
 # Models that are trained in stages, each from the file that the one before has written.
@@ -86,9 +87,9 @@ def stages(model: str, family: str) -> list[dict[str, Any]]:
         settings |= {"load_col": {**INTER, **FEATURES}, "threshold": {"rating": 4}}
     if family == "knowledge-aware":
         settings["load_col"] = {**INTER, **KNOWLEDGE}
-    settings |= OF_MODELS.get(model, {})
     if family == "sequential" and not hasattr(get_model(model), "input_type"):
-        settings["train_neg_sample_args"] = None  # for these models' loss over all items
+        settings["train_neg_sample_args"] = None  # for their loss over all items
+    settings |= OF_MODELS.get(model, {})
     return [{**settings, **stage} for stage in STAGES.get(model, [{}])]
 
 

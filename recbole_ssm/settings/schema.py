@@ -7,7 +7,7 @@ it. Our property files, ``--help`` and the tables of docs/configuration.md are w
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
