@@ -49,7 +49,8 @@ def _with_old_sparse(function: FunctionType) -> FunctionType:
 
 def scatter_mean(src: Tensor, index: Tensor, dim: int, dim_size: int) -> Tensor:
     """Mean of the rows of ``src [E, d]`` with the same ``index [E]``, ``[dim_size, d]``; 0 where there is none."""
-    return src.new_zeros(dim_size, *src.shape[1:]).index_reduce(dim, index, src, "mean", include_self=False)
+    count = torch.bincount(index, minlength=dim_size).clamp(min=1)
+    return src.new_zeros(dim_size, src.shape[1]).index_add(dim, index, src) / count[:, None]
 
 
 def scatter_softmax(src: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -114,7 +115,8 @@ class WithoutDgl:
         _, kind, count = np.unique(edge_kind, return_inverse=True, return_counts=True)
         matrix = scipy.sparse.coo_matrix((1 / count[kind], (graph.row, graph.col)), graph.shape).tocsr().tocoo()
         indices = torch.from_numpy(np.stack([matrix.row, matrix.col]).astype(np.int64))
-        return torch.sparse_coo_tensor(indices, torch.from_numpy(matrix.data).float(), matrix.shape).to(self.device)
+        values = torch.from_numpy(matrix.data).float()
+        return torch.sparse_coo_tensor(indices, values, matrix.shape, check_invariants=False).to(self.device)
 
 
 class SinglePrecision:

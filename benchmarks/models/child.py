@@ -9,7 +9,10 @@ import sys
 import time
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+
+PACKAGES = ("recbole", "torch", "numpy", "pandas", "scipy")
 
 
 def recbole_alone():
@@ -21,11 +24,13 @@ def recbole_alone():
     return run_recbole
 
 
-def recbole_ssm():
-    """This package's."""
-    from recbole_ssm import run_recbole
+def recbole_ssm(fused):
+    """This package's, with or without fused steps of the optimizer."""
+    import recbole_ssm.trainer
 
-    return run_recbole
+    if not fused:
+        recbole_ssm.trainer.FUSED_OPTIMIZERS = ()
+    return recbole_ssm.run_recbole
 
 
 def newest(pattern):
@@ -41,13 +46,14 @@ def run_stages(run_recbole, model, dataset, stages):
             if key in settings:
                 settings[key] = newest(settings[key])
         result = run_recbole(model=model, dataset=dataset, config_dict=settings)
-    return {name: float(value) for part in ("best_valid_result", "test_result")
-            for name, value in prefixed(part.split("_")[-2], result[part])}  # fmt: skip
+    parts = {"valid": result["best_valid_result"], "test": result["test_result"]}
+    return {f"{part} {name}": float(value) for part, metrics in parts.items() for name, value in metrics.items()}
 
 
-def prefixed(part, metrics):
-    """Metrics of the validation or the test set by names that say of which."""
-    return [(f"{part} {name}", value) for name, value in (metrics or {}).items()]
+def write(output, **line):
+    """Append a line of JSON."""
+    with output.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def main():
@@ -56,7 +62,8 @@ def main():
     output = Path(sys.argv[2])
     sys.argv = sys.argv[:1]  # RecBole reads the command line
     warnings.simplefilter("ignore")
-    run_recbole = recbole_alone() if job["alone"] else recbole_ssm()
+    run_recbole = recbole_alone() if job["alone"] else recbole_ssm(job["fused"])
+    write(output, versions={package: version(package) for package in PACKAGES})
     for model, stages in job["models"].items():
         begin = time.perf_counter()
         try:
@@ -66,8 +73,7 @@ def main():
             traceback.print_exc()
             line = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         line["seconds"] = time.perf_counter() - begin
-        with output.open("a") as lines:
-            lines.write(json.dumps({"model": model, **line}) + "\n")
+        write(output, model=model, **line)
         print(model, line, flush=True)
 
 

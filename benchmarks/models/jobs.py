@@ -1,6 +1,7 @@
 """The small set that all of RecBole's models run on, and each one's settings for it."""
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,15 @@ import numpy as np
 import recbole
 from recbole.utils import get_model
 
+from recbole_ssm import Config
+from recbole_ssm.data import create_dataset, data_preparation
+from recbole_ssm.models.causality import reason_against
 from recbole_ssm.registry import MODELS, list_models
 
 DATASET = "zoo"
 USERS, LONGEST, WIDTH = 60, 15, 64  # users of ml-100k, their earliest interactions, and numbers of an embedding
+
+OFTEN = 10  # triples that an entity of the graph is in at least
 
 COMMON: dict[str, Any] = {
     "epochs": 1,
@@ -31,28 +37,32 @@ FEATURES = {
 }
 KNOWLEDGE = {"kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}
 
-# What a model needs to be told on any data, with RecBole 1.2.0 as well.
-OF_MODELS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("GRU4RecF", "SASRecF", "FDSA", "S3Rec"), {"load_col": {**INTER, "item": FEATURES["item"]}}),
-    **dict.fromkeys(("DIN", "DIEN"), {"load_col": {**INTER, **FEATURES}}),
-    # Embeddings of entities and relations from elsewhere, in files beside the others.
-    **dict.fromkeys(
-        ("GRU4RecKG", "KSR"),
-        {
-            "load_col": {**INTER, **KNOWLEDGE, "ent": ["ent_id", "ent_emb"], "rel": ["rel_id", "rel_emb"]},
-            "additional_feat_suffix": ["ent", "rel"],
-            "alias_of_entity_id": ["ent_id"],
-            "alias_of_relation_id": ["rel_id"],
-            "preload_weight": {"ent_id": "ent_emb", "rel_id": "rel_emb"},
-            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
-        },
-    ),
+_WITH_ITEMS = {"load_col": {**INTER, "item": FEATURES["item"]}}
+_WITH_FEATURES = {"load_col": {**INTER, **FEATURES}}
+# Embeddings of entities and relations from elsewhere, in files beside the others.
+_WITH_EMBEDDINGS = {
+    "load_col": {**INTER, **KNOWLEDGE, "ent": ["ent_id", "ent_emb"], "rel": ["rel_id", "rel_emb"]},
+    "additional_feat_suffix": ["ent", "rel"],
+    "alias_of_entity_id": ["ent_id"],
+    "alias_of_relation_id": ["rel_id"],
+    "preload_weight": {"ent_id": "ent_emb", "rel_id": "rel_emb"},
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
 }
 
-# It draws as many users as there are items a step, which must not be more than there are.
-OF_MODELS["DGCF"] = {"train_batch_size": 64}
-OF_MODELS["RepeatNet"] = {"train_neg_sample_args": None}
-OF_MODELS["NCL"] = {"num_clusters": 8}  # of users, and of items
+# What a model needs to be told on any data, or on this one, with RecBole 1.2.0 as well.
+OF_MODELS: dict[str, dict[str, Any]] = {
+    "GRU4RecF": _WITH_ITEMS,
+    "SASRecF": _WITH_ITEMS,
+    "FDSA": _WITH_ITEMS,
+    "S3Rec": _WITH_ITEMS,
+    "DIN": _WITH_FEATURES,
+    "DIEN": _WITH_FEATURES,
+    "GRU4RecKG": _WITH_EMBEDDINGS,
+    "KSR": _WITH_EMBEDDINGS,
+    "DGCF": {"train_batch_size": 64},  # more users drawn a step than there are, with fewer steps
+    "NCL": {"num_clusters": 8},  # of users, and of items
+    "RepeatNet": {"train_neg_sample_args": None},
+}
 
 # Models that are trained in stages, each from the file that the one before has written.
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -93,6 +103,15 @@ def stages(model: str, family: str) -> list[dict[str, Any]]:
     return [{**settings, **stage} for stage in STAGES.get(model, [{}])]
 
 
+def sequence_mode(model: str, folder: Path) -> str:
+    """Whether a sequential model trains on whole histories, of the set in ``folder``; where not, why."""
+    settings = {**stages(model, "sequential")[0], "data_path": str(folder / "dataset")}
+    config = Config.from_settings({**settings, "model": model, "dataset": DATASET})
+    train_data, *_ = data_preparation(config, create_dataset(config))
+    reason = reason_against(config, train_data._dataset)
+    return "yes" if reason is None else f"no: {reason}"
+
+
 def write_dataset(folder: Path) -> None:
     """Write the set as ``<folder>/dataset/zoo``: ml-100k as RecBole ships it, cut, with a clock that has no ties.
 
@@ -127,9 +146,13 @@ def write_dataset(folder: Path) -> None:
     entities = {row[1] for row in rows if row[0] in items}
     head, triples = read("kg")
     triples = [row for row in triples if row[0] in entities or row[2] in entities]
+    ends = Counter(end for head, _, tail in triples for end in (head, tail))
+    triples = [row for row in triples if min(ends[row[0]], ends[row[2]]) >= OFTEN]
     write("kg", head, triples)
     generator = np.random.default_rng(0)
     for suffix, names in (("ent", sorted(entities)), ("rel", sorted({row[1] for row in triples}))):
         vectors = generator.normal(size=(len(names), WIDTH))
-        rows = [[name, " ".join(f"{value:.4f}" for value in vector)] for name, vector in zip(names, vectors)]
+        rows = [
+            [name, " ".join(f"{value:.4f}" for value in vector)] for name, vector in zip(names, vectors, strict=True)
+        ]
         write(suffix, f"{suffix}_id:token\t{suffix}_emb:float_seq", rows)

@@ -20,9 +20,9 @@ LENGTHS = (5, 3)  # of the histories; rows are padded to MAX_ITEM_LIST_LENGTH, w
 def reason_against(config: Any, dataset: Any) -> str | None:
     """Why a model cannot be trained in sequence mode (``train_mode``); None where it can.
 
-    Of random histories one pass must give what RecBole's rows give, at each position alone and at all together: the
-    loss and every gradient, in double precision where the model computes in it, without dropout. As a row ends where its
-    target begins, that is to say that no output depends on what follows, or on padding.
+    Of random histories one pass must give what RecBole's rows give, for single positions and for all together: the
+    loss and every gradient, in double precision where the model computes in it, without dropout. As a row ends before
+    its target, no output of such a model depends on what follows, or on padding.
 
     Args:
         config: of the model, for instance with its ``loss_type``.
