@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, experiments, gpu, history, ops, profile, search, serving, speed
+from benchmarks import accuracy, experiments, gpu, history, models, ops, profile, search, serving, speed
 from recbole_ssm.errors import UserError
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     profile.add_arguments(commands.add_parser("profile", help="a training step's parts beside their floors"))
     history.add_arguments(commands.add_parser("history", help="several commits of this repository, in turns"))
     accuracy.add_arguments(commands.add_parser("accuracy", help="all models on all sets, tuned alike, several seeds"))
+    models.add_arguments(commands.add_parser("models", help="each of RecBole's, beside RecBole's own environment"))
     experiments.add_arguments(commands.add_parser("experiments", help="the papers' own, each with its figure"))
     search.add_arguments(commands.add_parser("search", help="trials side by side against one after the other"))
     serving.add_arguments(commands.add_parser("serving", help="live sessions, recommendations for all users, and HTTP"))

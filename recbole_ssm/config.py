@@ -259,8 +259,10 @@ class Config(recbole.config.Config):
             # RecBole would complete it for a random split, which no sequential model can be evaluated by.
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
-            # Not what a property file says, for it may have been written for another loss.
-            if str(final.get("loss_type")) in NEGATIVES and "train_neg_sample_args" not in self.external_config_dict:
+            # Not what a property file says, for it may have been written for another loss; SINE wants pairs with any.
+            by_loss = getattr(self.model_class, "input_type", None) != InputType.PAIRWISE
+            by_loss &= str(final.get("loss_type")) in NEGATIVES
+            if by_loss and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.
@@ -280,7 +282,7 @@ class Config(recbole.config.Config):
         if self.model not in MODELS and final.get("train_mode") == "sequence" and self.model not in CAUSAL_MODELS:
             raise UserError(
                 f"{self.model} cannot be trained on whole histories (train_mode: sequence): of RecBole's models "
-                f"{' and '.join(CAUSAL_MODELS)} can. Leave --train_mode out."
+                f"{', '.join(CAUSAL_MODELS[:-1])} and {CAUSAL_MODELS[-1]} can. Leave --train_mode out."
             )
         sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         own_trainer = get_trainer(final["MODEL_TYPE"], self.model) is not recbole.trainer.Trainer

@@ -26,6 +26,7 @@ import recbole.utils.case_study
 import torch
 from recbole.utils import get_model
 
+from recbole_ssm.compat import mended
 from recbole_ssm.errors import UserError
 from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, Ours
 
@@ -123,8 +124,8 @@ def _take_case_study() -> None:
 
 
 def model_class(config) -> type:
-    """The class that ``config`` names, as :func:`recbole.utils.get_model`, made to train as it asks."""
-    found = get_model(config["model"])
+    """The class that ``config`` names, as :func:`recbole.utils.get_model`, made to run here and to train as it asks."""
+    found = mended(get_model(config["model"]))
     if config["train_mode"] == "sequence" and config["model"] in CAUSAL_MODELS:
         from recbole_ssm.models.sequence_mode import with_sequence_mode
 

@@ -213,7 +213,8 @@ class SequenceTrainer(DurableTraining):
         self.optimizer.zero_grad()
         with self._autocast():
             losses = self._loss_of(batch)
-        losses = losses if isinstance(losses, tuple) else (losses,)
+        # Of some of RecBole's models the loss is a vector of one number.
+        losses = tuple(loss.squeeze() for loss in (losses if isinstance(losses, tuple) else (losses,)))
         terms = torch.stack([loss.detach() for loss in losses])
         if self.device.type == "cpu":
             self._check_nan(terms.sum())

@@ -10,6 +10,8 @@ from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole_ssm.data.list_columns import LISTS
 from recbole_ssm.errors import UserError
 
+TOKENS = (FeatureType.TOKEN, FeatureType.TOKEN_SEQ)
+
 
 class SplitFiles(recbole_datasets.Dataset):
     """Goes in front of RecBole's dataset classes; of sequential ones each row is a history and the item after it."""
@@ -90,10 +92,12 @@ class SplitFiles(recbole_datasets.Dataset):
     def _set_alias(self, alias_name, default_value):
         """As RecBole's; the items of histories are items without being told."""
         given = self.config[f"alias_of_{alias_name}"] or []
-        if isinstance(given, str) or not set(given) <= set(self.token_like_fields):
+        # Of all files: RecBole's token_like_fields leaves those of additional_feat_suffix out.
+        tokens = [name for name, ftype in self.field2type.items() if ftype in TOKENS]
+        if isinstance(given, str) or not set(given) <= set(tokens):
             raise UserError(
                 f"alias_of_{alias_name} is {given!r}: make it a list of loaded columns of tokens (there are: "
-                f"{', '.join(self.token_like_fields)})."
+                f"{', '.join(tokens)})."
             )
         if alias_name == "item_id" and self.history_field is not None:
             default_value = [*default_value, self.history_field]

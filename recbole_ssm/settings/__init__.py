@@ -57,7 +57,7 @@ NEUTRAL = {
 # Who reads what RecBole gives to all models: those of a type, or some by name.
 READERS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("MAX_ITEM_LIST_LENGTH", "ITEM_LIST_LENGTH_FIELD", "LIST_SUFFIX"), (ModelType.SEQUENTIAL,)),
-    **dict.fromkeys(("alias_of_entity_id", "alias_of_relation_id"), (ModelType.KNOWLEDGE,)),
+    **dict.fromkeys(("alias_of_entity_id", "alias_of_relation_id"), (ModelType.KNOWLEDGE, "GRU4RecKG", "KSR")),
     "require_pow": ("LightGCN", "SimpleX"),
     "POSITION_FIELD": (),
 }

@@ -23,9 +23,8 @@ LOGISTIC_LOSSES = ("BCE", "gBCE")
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# Models of RecBole whose output at a position depends on that position and those before it alone, which read it by
-# SequentialRecommender.gather_indexes once a pass, and whose loss is a mean over rows.
-CAUSAL_MODELS = ("SASRec", "GRU4Rec")
+# Models of RecBole that train on whole histories: those in which recbole_ssm.models.causality finds nothing against it.
+CAUSAL_MODELS = ("SASRec", "GRU4Rec", "SASRecF", "GRU4RecF", "FDSA")
 
 
 class Scheduled(BaseModel):
@@ -94,7 +93,7 @@ def _check_probabilities(settings: Any, loss_type: str | None) -> None:
 
 
 class Causal(OnePass):
-    """What SASRec and GRU4Rec of RecBole read beside RecBole's common settings."""
+    """What :data:`CAUSAL_MODELS` read beside RecBole's common settings."""
 
     loss_type: Literal["CE", "BPR"] = setting("CE", "The loss; BPR draws negatives.")
     hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16, fixed=True)
@@ -136,6 +135,27 @@ class GRU4Rec(Causal):
     embedding_size: int = setting(64, "Width of an item's embedding.", ge=1, le=2**16, fixed=True)
     num_layers: int = setting(1, "Number of GRU layers.", ge=1, le=1024, fixed=True)
     dropout_prob: float = setting(0.3, "Dropout rate.", ge=0, lt=1)
+
+
+class WithFeatures(BaseModel):
+    """What the models read that know of an item's features."""
+
+    selected_features: list[str] = setting(["class"], "Columns of the .item file to read.", fixed=True)
+    pooling_mode: Literal["max", "mean", "sum"] = setting("sum", "What becomes of a list in one column.", fixed=True)
+
+
+class SASRecF(WithFeatures, SASRec):
+    """RecBole's own settings of SASRecF."""
+
+
+class GRU4RecF(WithFeatures, GRU4Rec):
+    """RecBole's own settings of GRU4RecF."""
+
+
+class FDSA(WithFeatures, SASRec):
+    """RecBole's own settings of FDSA."""
+
+    pooling_mode: Literal["max", "mean", "sum"] = setting("mean", "What becomes of a list in one column.", fixed=True)
 
 
 def divides(settings: Any, name: str, of: str, whole: int) -> Any:
@@ -242,7 +262,15 @@ class KD_DAGFM(Recboles):
     teacher: Literal["CrossNet", "CIN"] = setting("CrossNet", "Network to learn from.")
 
 
-SCHEMAS: dict[str, type[Common]] = {"SASRec": SASRec, "GRU4Rec": GRU4Rec, "KD_DAGFM": KD_DAGFM}
+class SINE(RecbolesSequential):
+    """What RecBole gives negatives with its loss over all items, too."""
+
+    reads_negatives = True
+
+
+SCHEMAS: dict[str, type[Common]] = {
+    schema.__name__: schema for schema in (SASRec, GRU4Rec, SASRecF, GRU4RecF, FDSA, SINE, KD_DAGFM)
+}
 
 
 def fixed() -> set[str]:

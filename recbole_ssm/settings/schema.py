@@ -7,7 +7,7 @@ it. Our property files, ``--help`` and the tables of docs/configuration.md are w
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -434,6 +434,8 @@ def _holds(name: str, names: tuple[str, ...]) -> bool:
 class Sequential(Common):
     """What is asked of sequential models of RecBole, too."""
 
+    reads_negatives: ClassVar[bool] = False  # whatever the loss
+
     loss_type: str | None = setting(None, "The loss.")
 
     @model_validator(mode="after")
@@ -445,7 +447,7 @@ class Sequential(Common):
         if not self.repeatable:
             raise ValueError("repeatable is False: sequential models rank items of the history too, set it to True.")
         draws = self.train_neg_sample_args is not None and self.train_neg_sample_args.draws
-        if self.loss_type == "CE" and draws:
+        if self.loss_type == "CE" and draws and not self.reads_negatives:
             raise ValueError(
                 "train_neg_sample_args should be None with loss_type CE, which samples nothing: leave it out."
             )

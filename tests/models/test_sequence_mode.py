@@ -10,7 +10,8 @@ from recbole.trainer import Trainer
 from recbole_ssm import UserError, load_data_and_model, run_recbole
 from recbole_ssm.models import sequence_mode
 from recbole_ssm.models.sequence_mode import SequenceMode
-from recbole_ssm.settings import CAUSAL_MODELS
+from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS
+from recbole_ssm.settings.models import WithFeatures
 from recbole_ssm.trainer import get_trainer
 
 from ..conftest import build, random_rows, small_config, write_dataset
@@ -26,11 +27,19 @@ LOSSES = {
     "BPR": {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", "sample_num": 3}},
 }
 
+# Models and how their histories are padded; those with features are built of the others' parts.
+PADDED = [(name, places) for name in ("SASRec", "GRU4Rec") for places in (1, 100, 10_000, None)]
+PADDED += [(name, 100) for name in CAUSAL_MODELS if issubclass(SCHEMAS[name], WithFeatures)]
+
 
 def recbole_model(name, mode, users=12, **settings):
     if mode is not None:
         settings["train_mode"] = mode
     write_dataset("tiny", random_rows(users=users))
+    if issubclass(SCHEMAS[name], WithFeatures):
+        classes = [f"i{item}\tc{item % 3} c{item % 4}" for item in range(30)]
+        Path("dataset/tiny/tiny.item").write_text("\n".join(["item_id:token\tclass:token_seq", *classes]))
+        settings["load_col"] = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
     return build(name, **SMALL, **settings)
 
 
@@ -42,9 +51,8 @@ def padded_by(places, monkeypatch):
         monkeypatch.setattr(sequence_mode, "PLACES_PER_BLOCK", places)
 
 
-@pytest.mark.parametrize("name", CAUSAL_MODELS)
+@pytest.mark.parametrize(("name", "places"), PADDED)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("places", [1, 100, 10_000, None])
 def test_one_pass_equals_recbole_rows(name, loss, places, monkeypatch):
     padded_by(places, monkeypatch)
     _, model, (histories, _, _) = recbole_model(name, "sequence", users=5, **LOSSES[loss])
@@ -82,8 +90,7 @@ def row_of(model, batch, m, k):
     }
 
 
-@pytest.mark.parametrize("name", CAUSAL_MODELS)
-@pytest.mark.parametrize("places", [1, 100, 10_000, None])
+@pytest.mark.parametrize(("name", "places"), PADDED)
 def test_scores_are_the_models_own(name, places, monkeypatch):
     padded_by(places, monkeypatch)
     _, model, (_, valid_data, _) = recbole_model(name, "sequence", **LOSSES["CE"])
@@ -173,7 +180,9 @@ def test_recboles_way_stays_the_default():
 
 def test_models_that_see_the_future_are_refused():
     write_dataset("tiny", random_rows())
-    with pytest.raises(UserError, match=r"BERT4Rec cannot be trained .*: of RecBole's models SASRec and GRU4Rec can"):
+    with pytest.raises(
+        UserError, match=r"BERT4Rec cannot be trained .*: of RecBole's models .*SASRecF, GRU4RecF and FDSA can"
+    ):
         small_config("BERT4Rec", loss_type="CE", train_mode="sequence")
     with pytest.raises(UserError, match="train_mode is 'both': choose one of sequence, prefix"):
         small_config("SASRec", loss_type="CE", train_mode="both")
