@@ -29,7 +29,7 @@ def recbole_ssm(fused):
     import recbole_ssm.trainer
 
     if not fused:
-        recbole_ssm.trainer.FUSED_OPTIMIZERS = ()
+        recbole_ssm.trainer.FUSED_OPTIMIZERS = ()  # type: ignore[assignment]
     return recbole_ssm.run_recbole
 
 

@@ -19,6 +19,7 @@ from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, Preferen
 from recbole_ssm.models.recblr import GatedRecurrence
 from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
 from recbole_ssm.models.starrec import DualPathLayer
+from recbole_ssm.models.tim4rec import TimeScale
 from recbole_ssm.ops.packing import Borders, borders, flip_rows, know, positions, select_rows
 
 State = dict[str, Tensor]
@@ -87,18 +88,23 @@ class _Padded:
     initial_state: Callable[[int], State]
     out_proj: nn.Linear
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False,
+        step_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See the block's own."""
-        x = _batch(x, cu_seqlens)
-        y, _ = self._run(x, self.initial_state(x.shape[0]), each_row)
+        x, scale = _batch(x, cu_seqlens), None if step_scale is None else _batch(step_scale, cu_seqlens)
+        y, _ = self._run(x, self.initial_state(x.shape[0]), each_row, scale)
         return self.out_proj(select_rows(y.flatten(0, 1), read))
 
-    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: State) -> tuple[Tensor, State]:
+    def carry(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: State, step_scale: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """See the block's own; of one row of each sequence."""
-        y, state = self._run(x[:, None], state, one_row)
+        y, state = self._run(x[:, None], state, one_row, None if step_scale is None else step_scale[:, None])
         return self.out_proj(y[:, 0]), state
 
-    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         """What ``out_proj`` is of, ``[B, L, d_inner]``, for ``x [B, L, d]``, and the state after it."""
         raise NotImplementedError
 
@@ -106,7 +112,7 @@ class _Padded:
 class PaddedMamba(_Padded, Mamba):
     """See :class:`~recbole_ssm.layers.Mamba`."""
 
-    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         x, z = self.in_proj(x).chunk(2, -1)
         seen = torch.cat([state["conv"], x.mT], -1)
         after, x = seen[..., x.shape[1] :], F.silu(self.conv(seen)).mT
@@ -125,11 +131,11 @@ class PaddedMamba(_Padded, Mamba):
 class PaddedMamba2(_Padded, Mamba2):
     """See :class:`~recbole_ssm.layers.Mamba2`."""
 
-    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         z, xBC, dt = self.in_proj(x).split([self.d_inner, *self._widths], -1)
         seen = torch.cat([state["conv"], xBC.mT], -1)
         x, B, C = self._split(F.silu(self.conv(seen)).mT)
-        dt = F.softplus(dt + self.dt_bias)
+        dt = F.softplus((dt if step_scale is None else dt * step_scale) + self.dt_bias)
 
         def advance(state, row):
             decay, drive, B, C = row
@@ -144,7 +150,7 @@ class PaddedMamba2(_Padded, Mamba2):
 class PaddedMamba3(_Padded, Mamba3):
     """See :class:`~recbole_ssm.layers.Mamba3`."""
 
-    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         outward, inward = self.in_proj(x).split(self._widths, -1)
         z, C = outward.split(self._outward, -1)
         x, B, decay, now, before, turn = self._inputs(inward)
@@ -167,7 +173,7 @@ class PaddedMamba3(_Padded, Mamba3):
 class PaddedRecurrence(_Padded, GatedRecurrence):
     """See :class:`~recbole_ssm.models.recblr.GatedRecurrence`."""
 
-    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         u, z = self.in_proj(x).chunk(2, -1)
         seen = torch.cat([state["conv"], u.mT], -1)
         entering, decay = self.gated(F.silu(self.conv(seen)).mT)
@@ -232,11 +238,31 @@ class PaddedMixture(MixtureOfExperts):
         return found.gather(0, chosen.T[..., None].expand(-1, -1, y.shape[-1]))
 
 
+class PaddedTimeScale(TimeScale):
+    """See :class:`~recbole_ssm.models.tim4rec.TimeScale`; of one row of each sequence where there is a state."""
+
+    def forward(self, time: Tensor, cu_seqlens: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
+        """As the layer's own."""
+        rows = _batch(time, cu_seqlens) if state is None else time[:, None]
+        before = self.initial_state(len(rows)) if state is None else state
+        scale, after = rows * self.own(rows), {}
+        convs: Any = self.convs
+        for i, conv in enumerate(convs):
+            seen = torch.cat([before[f"conv{i}"], scale.mT], -1)
+            after[f"conv{i}"], scale = seen[..., rows.shape[1] :], F.silu(conv(seen)).mT
+        scale = scale.flatten(0, 1)
+        if self.gate is not None and self.norm is not None:
+            gate = self.gate(time)
+            time = self.norm(gate * time + (1 - gate) * scale)
+        return scale, time, after
+
+
 PADDED: dict[type, type] = {
     Mamba: PaddedMamba,
     Mamba2: PaddedMamba2,
     Mamba3: PaddedMamba3,
     GatedRecurrence: PaddedRecurrence,
+    TimeScale: PaddedTimeScale,
     BiSSDLayer: PaddedBiSSDLayer,
     DualPathLayer: PaddedDualPathLayer,
     PreferenceAwareAttention: PaddedAttention,

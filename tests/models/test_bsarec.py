@@ -96,7 +96,8 @@ def test_the_history_is_left_out_of_the_ranking_of_rows():
 
 NAMES = {
     "item_embedding": "item_embeddings", "position_embedding": "position_embeddings", "norm": "LayerNorm",
-    "layers": "item_encoder.blocks", "filter_norm": "layer.filter_layer.LayerNorm", "query": "layer.attention_layer.query",
+    "layers": "item_encoder.blocks", "filter_norm": "layer.filter_layer.LayerNorm",
+    "query": "layer.attention_layer.query",
     "sqrt_beta": "layer.filter_layer.sqrt_beta", "key": "layer.attention_layer.key",
     "value": "layer.attention_layer.value", "out_proj": "layer.attention_layer.dense",
     "attention_norm": "layer.attention_layer.LayerNorm", "expand": "dense_1", "contract": "dense_2",
@@ -105,7 +106,7 @@ NAMES = {
 
 @pytest.mark.skipif("BSAREC" not in os.environ, reason="BSAREC names no checkout of yehjin-shin/BSARec")
 def test_scores_are_those_of_the_released_code(monkeypatch):
-    """It hides places by adding -10000 to scores, which float32 rounds by up to 0.0005 then; in float64 nothing does."""
+    """It hides places by adding -10000 to scores, which float32 rounds by up to 0.0005; float64 hides nothing."""
     model, (_, _, test_data), *_ = built(n_heads=2)
     package = types.ModuleType("model")  # without its other models
     package.__path__ = [str(Path(os.environ["BSAREC"], "src", "model"))]

@@ -33,6 +33,7 @@ MORE = {
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False, "num_layers": 2}),
     "SSD4Rec, aligned": ("SSD4Rec", {"backward_stream": "aligned", "num_layers": 2, "train_mode": "prefix"}),
     "SSD4Rec, two layers": ("SSD4Rec", {"num_layers": 2, "train_mode": "prefix", "norm_embedding": False}),
+    "TiM4Rec": ("TiM4Rec", {}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "input_dependent_fusion": True}),
     "STARRec, window": ("STARRec", {"attention_window": 4, "use_similarity": False, "moe_level": "position"}),
     "STARRec, attention": ("STARRec", {"use_ssm": False, "similarity_threshold": 0.3, "use_position_embedding": False}),
