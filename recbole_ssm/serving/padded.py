@@ -244,7 +244,7 @@ class PaddedTimeScale(TimeScale):
     def forward(self, time: Tensor, cu_seqlens: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
         """As the layer's own."""
         rows = _batch(time, cu_seqlens) if state is None else time[:, None]
-        before = self.initial_state(len(rows)) if state is None else state
+        before = self.initial_state(rows.shape[0]) if state is None else state
         scale, after = rows * self.own(rows), {}
         convs: Any = self.convs
         for i, conv in enumerate(convs):
