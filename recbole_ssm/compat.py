@@ -63,7 +63,7 @@ def scatter_softmax(src: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 @contextmanager
-def _standing_in(name: str, *functions: FunctionType) -> Iterator[None]:
+def _standing_in(name: str, *functions: Any) -> Iterator[None]:
     """Let an import of ``name`` find ``functions``, in here alone: others look whether the package is installed."""
     module = ModuleType(name)
     vars(module).update({function.__name__: function for function in functions})

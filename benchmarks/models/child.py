@@ -29,7 +29,7 @@ def recbole_ssm(fused):
     import recbole_ssm.trainer
 
     if not fused:
-        recbole_ssm.trainer.FUSED_OPTIMIZERS = ()
+        vars(recbole_ssm.trainer)["FUSED_OPTIMIZERS"] = ()
     return recbole_ssm.run_recbole
 
 
