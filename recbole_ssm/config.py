@@ -232,6 +232,8 @@ class Config(recbole.config.Config):
 
     def _refuse_unknown_keys(self):
         known = set(self.internal_config_dict) | UNLISTED
+        if self.model not in MODELS and self.model in SCHEMAS:
+            known.update(SCHEMAS[self.model].model_fields)
         known.update(*self.parameters.values())
         for key, sentence in self.given_twice.items():
             if key in known:

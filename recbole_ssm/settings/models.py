@@ -137,7 +137,7 @@ class GRU4Rec(Causal):
     dropout_prob: float = setting(0.3, "Dropout rate.", ge=0, lt=1)
 
 
-class WithFeatures(BaseModel):
+class WithFeatures(Common):
     """What the models read that know of an item's features."""
 
     selected_features: list[str] = setting(["class"], "Columns of the .item file to read.", fixed=True)

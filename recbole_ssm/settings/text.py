@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, OnePass, Ours, Scheduled
+from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, OnePass, Ours, Scheduled, WithFeatures
 from recbole_ssm.settings.schema import UNSUPPORTED, Common, near
 
 COLUMN = 32  # at which comments of property files begin
@@ -215,10 +215,12 @@ def default(field: FieldInfo) -> str:
 
 def tables() -> dict[str, tuple[type[Common], list[str]]]:
     """Which settings stand in a table, by its title."""
+    plain = [name for name in CAUSAL_MODELS if not issubclass(SCHEMAS[name], WithFeatures)]
     recboles = [name for name, field in Common.model_fields.items() if field.description != UNSUPPORTED]
     return {
         "our models'": (Ours, shared()),
-        **{f"{name}'s": (SCHEMAS[name], own(name)) for name in (*registered(), *CAUSAL_MODELS)},
+        **{f"{name}'s": (SCHEMAS[name], own(name)) for name in (*registered(), *plain)},
+        "item features'": (WithFeatures, list(WithFeatures.__annotations__)),
         "RecBole's": (Common, recboles),
     }
 
