@@ -82,19 +82,20 @@ class TimeScale(nn.Module):
         self.norm = nn.LayerNorm(heads, eps=1e-12) if passes_on else None
 
     def forward(
-        self, time: Tensor, cu_seqlens: Tensor, state: dict[str, Tensor] | None = None
+        self, time: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run over packed sequences.
 
         Args:
             time: ``[T, H]``.
-            cu_seqlens: borders of the sequences, int32 ``[S+1]``.
+            cu_seqlens: borders of the sequences, int32 ``[S+1]``; one row of each sequence where absent.
             state: the rows before for each convolution, ``[S, H, d_conv-1]`` each, where more rows of sequences go on;
                 for inference.
 
         Returns:
             The scale ``[T, H]``, the next layer's time ``[T, H]``, and the state after these rows where there was one.
         """
+        cu_seqlens = single_rows(len(time), time.device) if cu_seqlens is None else cu_seqlens
         scale, after = time * self.own(time), {}
         convs: Any = self.convs
         for i, conv in enumerate(convs):
@@ -155,8 +156,7 @@ class TimeAwareSSDLayer(nn.Module):
         """See :meth:`recbole_ssm.layers.Mamba.carry`."""
         scale, after = None, {}
         if self.time is not None and time is not None:
-            borders = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
-            scale, time, after["time"] = self.time(time, borders, by_layer(state, "time"))
+            scale, time, after["time"] = self.time(time, cu_seqlens, by_layer(state, "time"))
         scanned, after["mamba"] = self.mamba.carry(x, cu_seqlens, by_layer(state, "mamba"), scale)
         return self._out(scanned, x), time, of_layers(after)
 

@@ -241,9 +241,11 @@ class PaddedMixture(MixtureOfExperts):
 class PaddedTimeScale(TimeScale):
     """See :class:`~recbole_ssm.models.tim4rec.TimeScale`; of one row of each sequence where there is a state."""
 
-    def forward(self, time: Tensor, cu_seqlens: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
+    def forward(
+        self, time: Tensor, cu_seqlens: Tensor | None, state: State | None = None
+    ) -> tuple[Tensor, Tensor, State]:
         """As the layer's own."""
-        rows = _batch(time, cu_seqlens) if state is None else time[:, None]
+        rows = time[:, None] if cu_seqlens is None else _batch(time, cu_seqlens)
         before = self.initial_state(rows.shape[0]) if state is None else state
         scale, after = rows * self.own(rows), {}
         convs: Any = self.convs
