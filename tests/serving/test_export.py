@@ -90,7 +90,7 @@ def padded_cases(served: Recommender) -> list[tuple[dict[str, np.ndarray], np.nd
         inputs = {"items": generator.integers(1, served.vocabulary.item_num, real.shape) * real, "lengths": lengths}
         rows = torch.from_numpy(inputs["items"])
         if names := served.time_columns:
-            kinds = [column(name).kinds for name in names]
+            kinds = [column(name).kinds or 10**6 for name in names]  # none of gaps
             inputs["columns"] = generator.integers(0, kinds, (*real.shape, len(names))) * real[..., None]
             rows = torch.cat([rows[..., None], torch.from_numpy(inputs["columns"])], -1)
         with torch.no_grad():
