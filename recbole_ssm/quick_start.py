@@ -186,9 +186,12 @@ def load_data_and_model(model_file, settings=None):
     return config, model.eval(), dataset, train_data, valid_data, test_data
 
 
-def config_of(model_file: str, settings: dict[str, Any] | None = None) -> Config:
-    """The configuration that a checkpoint was trained with, and ``settings`` above it; it numbers data as that did."""
-    state = load_checkpoint(model_file)
+def config_of(model_file: str, settings: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> Config:
+    """The configuration that a checkpoint was trained with, and ``settings`` above it; it numbers data as that did.
+
+    ``state`` is what the file holds, where it is read already.
+    """
+    state = load_checkpoint(model_file) if state is None else state
     given = state.get("config", {})
     expect(model_file, {"config": given}, config=dict)
     if not given:

@@ -95,14 +95,14 @@ class Recommender:
             raise UserError("device is cuda, but torch finds no GPU here: choose cpu.")
         settings = {"show_progress": False, "log_wandb": False} | ({"gpu_id": ""} if device == "cpu" else {})
         file = str(checkpoint)
-        config = config_of(file, settings)
+        state = load_checkpoint(file)
+        config = config_of(file, settings, state)
         if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
             raise UserError(
                 f"{config['model']} ranks for the users that it was trained on, not for histories: use RecBole's "
                 "full_sort_topk with load_data_and_model."
             )
         vocabulary = Vocabulary(config)
-        state = load_checkpoint(file, config["device"])
         if with_data:
             model = load_data_and_model(file, settings)[1]
         else:

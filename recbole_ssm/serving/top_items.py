@@ -40,15 +40,18 @@ def top_items(
     k = min(k, len(columns))
     ids, values = np.zeros((count, k), np.int64), np.full((count, k), -np.inf, np.float32)
     if seen is not None:
-        place = np.full(n_items, -1)
-        place[columns] = np.arange(len(columns))
+        place = None  # of all items the columns are the ids less one, without a table as long as the catalogue
+        if len(columns) < n_items - 1:
+            place = np.full(n_items, -1)
+            place[columns] = np.arange(len(columns))
         ends = np.concatenate([[0], np.cumsum(seen.lengths)])
     step = max(1, SCORES_AT_A_TIME // max(1, len(columns)))
     for begin in range(0, count if k else 0, step):
         end = min(count, begin + step)
         scores = scores_of(slice(begin, end))
         if seen is not None:
-            column = place[seen.items[ends[begin] : ends[end]]]
+            items = seen.items[ends[begin] : ends[end]]
+            column = items - 1 if place is None else place[items]
             row = np.repeat(np.arange(end - begin), seen.lengths[begin:end])
             at = (torch.from_numpy(indices[column >= 0]).to(scores.device) for indices in (row, column))
             scores[tuple(at)] = -torch.inf

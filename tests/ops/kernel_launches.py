@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from recbole_ssm import ops
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths
+from recbole_ssm.ops.packing import cu_seqlens_from_lengths, single_rows
 
 LENGTHS = {"long": [130, 0, 70], "short": [3, 1, 9, 16]}  # blocks of 32 and of 16 rows
 
@@ -122,8 +122,9 @@ def ssd(cu_seqlens, dtype, every, H, P, N, G=1):
     train(ops.ssd(empty(total, H, 1), empty(total, H), empty(H), one, one, cu_seqlens=cu_seqlens))
     train(ops.ssd(x, empty(total, H), empty(H), B, C, cu_seqlens=cu_seqlens))
     with torch.no_grad():
+        carried = {"cu_seqlens": single_rows(total, x.device), "return_final_state": True}
         state = empty(total, H, P, N)
-        ops.ssd_step(x, dt, empty(H), B, C, *per_head, dt_softplus=True, state=state)
+        ops.ssd(x, dt, empty(H), B, C, *per_head, dt_softplus=True, initial_state=state, **carried)
 
 
 def selective_scan(cu_seqlens, dtype, every, D, N):
@@ -138,7 +139,9 @@ def selective_scan(cu_seqlens, dtype, every, D, N):
     train(ops.selective_scan(x, dt, A, B, C, skip, empty(total, D, dtype=dtype), bias, **settings))
     train(ops.selective_scan_last(x, dt, A, B, empty(sequences, N, dtype=dtype), dt_bias=bias, **settings))
     with torch.no_grad():
-        ops.selective_scan_step(x, dt, A, B, C, dt_bias=bias, dt_softplus=True, state=empty(total, D, N))
+        carried = {"cu_seqlens": single_rows(total, x.device), "return_final_state": True}
+        state = empty(total, D, N)
+        ops.selective_scan(x, dt, A, B, C, dt_bias=bias, dt_softplus=True, initial_state=state, **carried)
 
 
 def causal_conv(cu_seqlens, dtype, every, D, K):

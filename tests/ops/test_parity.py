@@ -11,7 +11,7 @@ from recbole_ssm import ops
 from recbole_ssm.ops import causal_conv, preference_attention, selective_scan
 from recbole_ssm.ops.backend import why_not
 from recbole_ssm.ops.cases import ALLOWED, OPS, errors, excess, make, results
-from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths, know
+from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths, know, single_rows
 
 from . import loops
 
@@ -199,15 +199,14 @@ def test_steps_equal_the_whole_sequence(op, backend):
     device = "cpu" if backend == "cpu" else DEVICE
     lengths = [6, 6, 6]
     case = make(op, lengths, next(iter(SIZES[op].values())), device=device)
-    step = getattr(__import__("recbole_ssm.ops", fromlist=[op]), f"{op}_step")
     rowwise = ("x", "dt", "B", "C", "z")
-    settings = {key: case.fixed[key] for key in ("dt_softplus", "activation") if key in case.fixed}
+    settings = {**case.fixed, "cu_seqlens": single_rows(3, device), "return_final_state": True}
     with torch.no_grad():
         whole, final = case.run("reference")
         state = case.inputs["initial_state"]
         for t in range(6):
             now = {n: v[t::6] if n in rowwise else v for n, v in case.inputs.items() if n != "initial_state"}
-            y, state = step(**now, **settings, state=state, backend=backend)
+            y, state = OPS[op](**now, **settings, initial_state=state, backend=backend)
             torch.testing.assert_close(y, whole[t::6], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
 

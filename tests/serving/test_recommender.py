@@ -140,7 +140,7 @@ def test_a_model_of_times_asks_for_them():
 
 
 @pytest.mark.parametrize("name", ["STARRec", "SASRec"])
-def test_a_checkpoint_is_all_that_is_needed(name):
+def test_a_checkpoint_is_all_that_is_needed(name, monkeypatch):
     write_dataset("tiny", random_rows())
     quick = {"epochs": 1, "eval_step": 1, "valid_metric": "NDCG@10", "topk": [10]}
     run = train_and_test(small_config(name, **quick))
@@ -157,7 +157,10 @@ def test_a_checkpoint_is_all_that_is_needed(name):
     moved = Path("elsewhere.pth")
     Path(checkpoint).rename(moved)
     Path("dataset").rename("gone")
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, _load=torch.load, **kw: read.append(args) or _load(*args, **kw))
     served = Recommender.load(moved, "cpu")
+    assert len(read) == 1
     np.testing.assert_allclose(
         served.score(histories, served.vocabulary.items[1:]), expected[:, 1:], rtol=1e-4, atol=1e-5
     )

@@ -91,31 +91,3 @@ def _stateless(chosen, x, weight, bias, activation, cu_seqlens):
 
         return causal_conv_cpu(x.to(compute), weight.to(compute), bias, activation, cu_seqlens).to(x.dtype)
     return causal_conv_reference(x.to(compute), weight.to(compute), bias, activation, cu_seqlens).to(x.dtype)
-
-
-def causal_conv_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    state: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """One more row of each of ``S`` sequences; the arguments are those of :func:`causal_conv`.
-
-    Args:
-        x: ``[S, D]``.
-        weight: ``[D, K]``.
-        bias: ``[D]``.
-        activation: ``silu`` or none.
-        state: the ``K-1`` rows before, oldest first, ``[S, D, K-1]``.
-        backend: as :func:`causal_conv`.
-
-    Returns:
-        Output ``[S, D]`` and the next state.
-    """
-    return causal_conv(
-        x, weight, bias, activation,
-        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
-    )  # fmt: skip

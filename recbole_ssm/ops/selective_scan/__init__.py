@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, sequence_lengths, single_rows
+from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, sequence_lengths
 from recbole_ssm.ops.scan_arguments import ScanArguments
 from recbole_ssm.ops.selective_scan.reference import selective_scan_reference
 
@@ -166,41 +166,3 @@ def selective_scan_last(
         no_outputs = B.new_empty(0, B.shape[1]) if chosen == "cpu" else B.new_zeros(B.shape)
     _, state = _run(chosen, replace(scan, C=no_outputs, return_final_state=True))
     return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
-
-
-def selective_scan_step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    state: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """One more row of each of ``S`` sequences: :func:`selective_scan` with ``T = S`` and a state carried by the caller.
-
-    Args:
-        x: ``[S, D]``.
-        dt: ``[S, D]``.
-        A: ``[D, N]``.
-        B: ``[S, N]``.
-        C: ``[S, N]``.
-        D: ``[D]``.
-        z: ``[S, D]``.
-        dt_bias: ``[D]``.
-        dt_softplus: whether ``dt`` passes a softplus.
-        state: state before the row, ``[S, D, N]``.
-        backend: as :func:`selective_scan`.
-
-    Returns:
-        Output ``[S, D]`` and the next state, ``[S, D, N]`` in at least float32.
-    """
-    return selective_scan(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus,
-        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
-    )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
-from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids, single_rows
+from recbole_ssm.ops.packing import check_packed, last_rows, sequence_ids
 from recbole_ssm.ops.scan_arguments import ScanArguments
 from recbole_ssm.ops.ssd.reference import ssd_last_reference, ssd_reference
 
@@ -174,39 +174,3 @@ def ssd_last(
         if scan.D is not None:
             y = y + some * (scan.D[:, None] * scan.x.index_select(0, last))
     return y.to(x.dtype)
-
-
-def ssd_step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    state: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """One more row of each of ``S`` sequences: :func:`ssd` with ``T = S`` and a state carried by the caller.
-
-    Args:
-        x: ``[S, H, P]``.
-        dt: ``[S, H]``.
-        A: ``[H]``.
-        B: ``[S, G, N]``.
-        C: ``[S, G, N]``.
-        D: ``[H]``.
-        dt_bias: ``[H]``.
-        dt_softplus: whether ``dt`` passes a softplus.
-        state: state before the row, ``[S, H, P, N]``.
-        backend: as :func:`ssd`.
-
-    Returns:
-        Output ``[S, H, P]`` and the next state, ``[S, H, P, N]`` in at least float32.
-    """
-    return ssd(
-        x, dt, A, B, C, D, dt_bias, dt_softplus,
-        cu_seqlens=single_rows(len(x), x.device), initial_state=state, return_final_state=True, backend=backend,
-    )  # fmt: skip
