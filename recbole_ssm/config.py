@@ -258,6 +258,11 @@ class Config(recbole.config.Config):
             if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
                 fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
                 final["load_col"] = {"inter": [final[field] for field in fields]}
+            if isinstance(final.get("item_features"), list) and isinstance(final["load_col"], dict):
+                loaded = final["load_col"].get("item", [])
+                if isinstance(loaded, list):
+                    loaded = list(dict.fromkeys([final["ITEM_ID_FIELD"], *loaded, *final["item_features"]]))
+                final["load_col"] = {**final["load_col"], "item": loaded}
             # RecBole would complete it for a random split, which no sequential model can be evaluated by.
             if isinstance(final["eval_args"], dict):
                 final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}

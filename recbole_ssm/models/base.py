@@ -17,6 +17,7 @@ from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.distributed import weight_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Mamba
+from recbole_ssm.layers.item_features import ItemFeatures
 from recbole_ssm.layers.losses import bce, bpr, full_cross_entropy, gbce, item_scores, sampled_softmax
 from recbole_ssm.ops.packing import borders
 
@@ -60,6 +61,11 @@ class PackedRecommender(SequentialRecommender):
         self.n_negatives = config["train_neg_sample_args"]["sample_num"]
         self.hidden_size = config["hidden_size"]
         self.columns, self._embedded = columns_of(type(self), config), switched_on(config)
+        self.item_features, self.score_features = None, config["score_features"]
+        if config["item_features"]:
+            self.item_features = ItemFeatures(
+                dataset, config["item_features"], self.hidden_size, config["feature_fusion"]
+            )
 
     @classmethod
     def time_columns(cls, config) -> tuple[str, ...]:
@@ -86,8 +92,19 @@ class PackedRecommender(SequentialRecommender):
             self.add_module(_embedding_of(name), nn.Embedding(kinds, self.hidden_size))
 
     def embed(self, items: Tensor) -> Tensor:
-        """What the first layer reads of ``items``, ``[T, d]``: the item's embedding, and those of its columns."""
-        return self.with_times(self.item_embedding(self.ids(items)), items)
+        """What the first layer reads of ``items``, ``[T, d]``: the item's vector, and the embeddings of its columns."""
+        return self.with_times(self.item_vectors(self.ids(items)), items)
+
+    def item_vectors(self, ids: Tensor) -> Tensor:
+        """What the model reads of items ``[...]``: embeddings, or what ``item_features`` makes of them."""
+        if self.item_features is None:
+            return self.item_embedding(ids)
+        return F.embedding(ids, self.item_features(self.item_embedding.weight))
+
+    def score_table(self) -> Tensor:
+        """What scores are inner products with, ``[n_items, d]``: embeddings, or with ``score_features`` vectors."""
+        table = self.item_embedding.weight
+        return self.item_features(table) if self.item_features is not None and self.score_features else table
 
     def with_times(self, hidden: Tensor, items: Tensor) -> Tensor:
         """``hidden [T, d]`` and the embeddings of the columns of ``items`` that are switched on."""
@@ -172,7 +189,7 @@ class PackedRecommender(SequentialRecommender):
 
         ``CE``: ``-log softmax(r)[positive]`` over all items; the others are those of :mod:`recbole_ssm.layers.losses`.
         """
-        hidden, table = self.score_factors(hidden, self.item_embedding.weight)
+        hidden, table = self.score_factors(hidden, self.score_table())
         if self.loss_type == "CE":
             return full_cross_entropy(hidden, table, positives, self.label_smoothing, weights)
         if negatives is None:
@@ -251,13 +268,13 @@ class PackedRecommender(SequentialRecommender):
         """Score of each row's own item, ``[B]``, in the parameters' dtype."""
         hidden = self._represent(self.packed(interaction))
         with torch.autocast(hidden.device.type, enabled=False):
-            item = self.item_embedding(interaction[self.ITEM_ID].to(hidden.device))
+            item = F.embedding(interaction[self.ITEM_ID].to(hidden.device), self.score_table())
             hidden, item = self.score_factors(hidden.to(item.dtype), item)
             return (hidden * item).sum(-1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding."""
-        hidden, table = self._represent(self.packed(interaction)), self.item_embedding.weight
+        hidden, table = self._represent(self.packed(interaction)), self.score_table()
         with torch.autocast(hidden.device.type, enabled=False):  # rounded to bfloat16, scores would tie
             hidden, table = self.score_factors(hidden.to(table.dtype), table)
             return hidden @ table.T

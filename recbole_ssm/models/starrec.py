@@ -230,7 +230,7 @@ class STARRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        item_embedding = self.item_embedding(self.ids(items))
+        item_embedding = self.item_vectors(self.ids(items))
         hidden = self._input(items, item_embedding, positions(cu_seqlens))
         if self.mixture is not None and self.routes_positions:
             mixed = self.mixture(hidden)
@@ -271,7 +271,7 @@ class STARRec(PackedRecommender):
         return hidden, {"position": position + 1, **of_layers(states)}
 
     def _start(self, items: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        item_embedding = self.item_embedding(self.ids(items))
+        item_embedding = self.item_vectors(self.ids(items))
         hidden = self._input(items, item_embedding, position)
         if self.mixture is not None and self.routes_positions:
             hidden = self.mixture(hidden).output

@@ -64,7 +64,7 @@ class Scoring(nn.Module):
 
     def of_hidden(self, hidden: Tensor) -> Tensor:
         """Scores for hidden states ``[B, d]``."""
-        return self._scores(*self.model.score_factors(self.model.read_out(hidden), self.model.item_embedding.weight))
+        return self._scores(*self.model.score_factors(self.model.read_out(hidden), self.model.score_table()))
 
     def _scores(self, hidden: Tensor, table: Tensor) -> Tensor:
         scores = hidden @ table[1 : self.item_num].T

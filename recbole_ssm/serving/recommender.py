@@ -21,6 +21,7 @@ from recbole_ssm.config import Config
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
+from recbole_ssm.layers.item_features import ItemFeatures
 from recbole_ssm.models.base import PackedRecommender
 from recbole_ssm.ops.packing import pad
 from recbole_ssm.quick_start import config_of, load_data_and_model
@@ -113,6 +114,9 @@ class Recommender:
                     f"{config['model']} is built of more than its items ({error}): load it with_data=True, where the "
                     "dataset is."
                 ) from error
+            if isinstance(features := getattr(model, "item_features", None), ItemFeatures):
+                names = (f"item_features.columns.{column}.values" for column in range(len(features.columns)))
+                features.hold([held for name in names if isinstance(held := state["state_dict"].get(name), Tensor)])
             load_weights(model, state, file)
         return cls(model, config, vocabulary, {name: state[name] for name in RESULTS if name in state})
 
@@ -326,7 +330,7 @@ class Recommender:
             represented: see :meth:`top`.
         """
         hidden = self.represent(histories) if represented is None else represented
-        table = self.model.item_embedding.weight
+        table = self.model.score_table()
         return self.model.score_factors(hidden.to(table.dtype), table[self._chosen(columns)])
 
     def _chosen(self, columns: np.ndarray) -> slice | Tensor:
@@ -356,7 +360,10 @@ class Recommender:
         table = getattr(self.model, "item_embedding", None)
         if not isinstance(table, torch.nn.Embedding) or table.num_embeddings < self.vocabulary.item_num:
             raise UserError(f"{self.config['model']} has no table of item embeddings.")
-        return table.weight[: self.vocabulary.item_num]
+        weight = table.weight
+        if self.packs and self.model.item_features is not None:
+            weight = self.model.item_features(weight)
+        return weight[: self.vocabulary.item_num]
 
 
 def _checked(k: int) -> int:

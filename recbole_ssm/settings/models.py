@@ -203,6 +203,24 @@ class Ours(OnePass):
         "it reads the past alone, as most published results do.",
         fixed=True,
     )
+    item_features: list[str] | None = setting(
+        None,
+        "Columns of the .item file, of tokens or a number, that are read beside the item's id; none when empty.",
+        section="Features of items",
+        fixed=True,
+    )
+    feature_fusion: Literal["sum", "concat"] = setting(
+        "sum",
+        "How item_features join the item's embedding. 'sum': their embeddings are added. 'concat': a linear map of all "
+        "side by side.",
+        fixed=True,
+    )
+    score_features: bool = setting(
+        False,
+        "Whether item_features are part of what scores are inner products with, too, so that an item without "
+        "interactions can be ranked.",
+        fixed=True,
+    )
     ssm_backend: Backend = setting(
         "auto",
         "'auto' takes cpu on a CPU, and on a GPU the first of triton and mamba_ssm that is found right there; the "
@@ -225,6 +243,8 @@ class Ours(OnePass):
                 "0 for other losses than CE."
             )
         negatives = self.train_neg_sample_args
+        if self.score_features and not self.item_features:
+            raise ValueError("score_features is True without item_features: name columns of the .item file there.")
         if self.loss_type == "SampledSoftmax" and negatives is not None and negatives.distribution != "uniform":
             raise ValueError(
                 "loss_type SampledSoftmax corrects for negatives drawn uniformly: set the distribution of "
