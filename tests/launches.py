@@ -39,8 +39,13 @@ def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, ep
     return F.layer_norm(x, normalized_shape, weight, None, eps or 0.0)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    if attn_mask is not None:  # torch makes it the number that is added to scores
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -torch.inf)
+        attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
 
 
 _ON_A_GPU = {F.dropout: _dropout, F.rms_norm: _rms_norm, F.scaled_dot_product_attention: _attention}

@@ -43,6 +43,8 @@ class CausalAttention(nn.Module):
         self.n_heads, self.dropout_prob = n_heads, dropout_prob
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.query_key_value.bias)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`recbole_ssm.layers.Mamba.forward` for shapes."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
 from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.models.esasrec import CausalAttention
 from recbole_ssm.models.recblr import GatedRecurrence
 from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
 from recbole_ssm.models.starrec import DualPathLayer
@@ -218,6 +219,20 @@ class PaddedAttention(PreferenceAwareAttention):
         return self._output(x, self._attend(q, own, state, seen).flatten(0, 1))
 
 
+class PaddedCausalAttention(CausalAttention):
+    """See :class:`~recbole_ssm.models.esasrec.CausalAttention`."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See there; ``read`` has as many rows of one sequence as of another."""
+        query, key_value = self.query_key_value(x).split([x.shape[1], 2 * x.shape[1]], -1)
+        key_value = _batch(key_value, cu_seqlens)
+        count, length = key_value.shape[:2]
+        asking = select_rows(query, read).reshape(count, -1, x.shape[1])
+        position = select_rows(positions(cu_seqlens), read).reshape(count, -1, 1)
+        seen = torch.arange(length, device=x.device) <= position
+        return self.out_proj(self._attend(asking, key_value, seen).flatten(0, 1))
+
+
 class PaddedDualPathLayer(DualPathLayer):
     """See :class:`~recbole_ssm.models.starrec.DualPathLayer`."""
 
@@ -268,6 +283,7 @@ PADDED: dict[type, type] = {
     BiSSDLayer: PaddedBiSSDLayer,
     DualPathLayer: PaddedDualPathLayer,
     PreferenceAwareAttention: PaddedAttention,
+    CausalAttention: PaddedCausalAttention,
     MixtureOfExperts: PaddedMixture,
 }
 

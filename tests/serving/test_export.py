@@ -30,6 +30,7 @@ MORE = {
     "Mamba4Rec, mamba3": ("Mamba4Rec", {"ssm_block": "mamba3", "num_layers": 2, "d_state": 10}),
     "Mamba4Rec, two layers": ("Mamba4Rec", {"num_layers": 2, "temperature": 0.5, "d_conv": 1}),
     "RecBLR": ("RecBLR", {}),
+    "eSASRec": ("eSASRec", {}),
     "SSD4Rec": ("SSD4Rec", {"bidirectional": False, "num_layers": 2}),
     "SSD4Rec, aligned": ("SSD4Rec", {"backward_stream": "aligned", "num_layers": 2, "train_mode": "prefix"}),
     "SSD4Rec, two layers": ("SSD4Rec", {"num_layers": 2, "train_mode": "prefix", "norm_embedding": False}),
