@@ -43,6 +43,14 @@ def test_our_models(name, mode):
     assert_same_when_filled(name, mode, dropout_prob=0.0, **layers, **masks, **times)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "settings"),
+    [("eSASRec", "sequence", {}), ("eSASRec", "prefix", {}), ("BSARec", "prefix", {"attn_dropout_prob": 0.0})],
+)
+def test_attention_alone(name, mode, settings):
+    assert_same_when_filled(name, mode, dropout_prob=0.0, MAX_ITEM_LIST_LENGTH=30, **settings)
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss(loss_type):
     settings = {} if loss_type == "CE" else {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 3}}
