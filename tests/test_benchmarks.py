@@ -18,6 +18,7 @@ def run(monkeypatch, *words):
     return json.loads(Path("r.json").read_text())
 
 
+@pytest.mark.slow
 def test_result_file_and_table(monkeypatch):
     words = ("--ops", "causal_conv", "--tokens", "100", "--lengths", "50", "beauty", "--dtypes", "float32")
     found = run(monkeypatch, *words)

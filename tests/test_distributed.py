@@ -162,6 +162,7 @@ def start(*words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_with_its_reason_and_the_job_can_go_on():
     write_dataset("tiny", random_rows())
     job = start(

@@ -22,7 +22,7 @@ class BlockSettings(Ours):
         fixed=True,
     )
     headdim: int = setting(
-        64, "Width of a head of mamba2 and mamba3; must divide expand * hidden_size.", "The papers'.",
+        32, "Width of a head of mamba2 and mamba3; must divide expand * hidden_size.", "The papers': 64.",
         ge=1, le=2**16, fixed=True,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ class MambaLayer(nn.Module):
         stacked: bool,
         backend: str = "auto",
         block: str = "mamba",
-        headdim: int = 64,
+        headdim: int = 32,
     ):
         super().__init__()
         self.mamba = ssm_block(block, hidden_size, d_state, d_conv, expand, headdim, backend)

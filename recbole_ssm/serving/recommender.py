@@ -32,8 +32,11 @@ from recbole_ssm.serving.top_items import top_items
 from recbole_ssm.serving.vocabulary import Vocabulary
 from recbole_ssm.settings import fixed
 
-# Histories that a model of RecBole's reads at a time, padded.
+# Histories whose scores of all items are held at a time.
 ROWS_AT_A_TIME = 256
+
+# Of these, how many a model of RecBole's reads at a time, padded: activations of more leave a CPU's caches.
+PADDED_AT_A_TIME = {"cpu": 16, "cuda": 256}
 
 # What a checkpoint says of how good its model is.
 RESULTS = ("epoch", "best_valid_score", "best_valid_result")
@@ -341,8 +344,9 @@ class Recommender:
         """Scores of all ids by a model of RecBole's, on its padded rows."""
         part = histories.take(np.arange(len(histories))[rows]).latest(self.max_length)
         blocks = []
-        for begin in range(0, len(part), ROWS_AT_A_TIME):
-            block = part.take(np.arange(begin, min(begin + ROWS_AT_A_TIME, len(part))))
+        step = PADDED_AT_A_TIME[self.device.type]
+        for begin in range(0, len(part), step):
+            block = part.take(np.arange(begin, min(begin + step, len(part))))
             padded = pad(torch.from_numpy(block.items), block.cu_seqlens())
             padded = F.pad(padded, (0, self.max_length - padded.shape[1]))
             lengths = torch.from_numpy(block.lengths)

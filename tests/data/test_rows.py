@@ -303,7 +303,7 @@ def test_the_weight_of_a_batch_is_what_it_was_given():
 
 
 @pytest.mark.parametrize(
-    "column", ["item_id_list", "user_id_list", "item_length", "neg_item_id", "target_position", "time_gap_list"]
+    "column", ["item_id_list", "user_id_list", "item_length", "neg_item_id", "target_position", "time_columns_list"]
 )
 def test_names_that_rows_give_to_columns_of_their_own(column):
     write_dataset("tiny", [f"{row}\t1" for row in random_rows(users=8)], f"{HEADER}\t{column}:float")

@@ -16,6 +16,9 @@ from recbole_ssm.settings import LOSS_TYPES
 
 from ..conftest import build, markov_rows, small_settings, write_dataset
 
+# The others learn the same behind -m slow, a quarter of a minute each.
+LEARNING_IN_CI = ("STARRec", "SSD4Rec", "Mamba4Rec")
+
 every_model = pytest.mark.parametrize("name", MODELS)
 
 ABLATIONS = [
@@ -168,7 +171,9 @@ def test_recbole_case_study_ranks_by_our_scores(name):
     assert (scores.diff(dim=1) <= 0).all()
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in LEARNING_IN_CI)) for name in MODELS]
+)
 def test_learnable_data_is_learned_and_random_data_is_not(name):
     """With 100 items a random ranking has an NDCG@10 of about 0.045."""
     settings = {

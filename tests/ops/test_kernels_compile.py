@@ -105,8 +105,11 @@ OWN, FURTHER = own_sizes(), further_sizes()
 OPS = sorted({op for op, _ in OWN})
 
 
-# The scan multiplies no blocks, and its 60 kernels take longest.
-@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op == "selective_scan")) for op in OPS])
+# The scan multiplies no blocks, and its 60 kernels take longest; attention has been as it is for long.
+SLOW = ("selective_scan", "preference_attention")
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op in SLOW)) for op in OPS])
 def test_kernels_at_the_models_sizes(op, tmp_path):
     sizes = [sizes for name, sizes in OWN if name == op]
     # float32 takes most registers and shared memory.

@@ -81,6 +81,7 @@ def test_a_search_ends_with_its_best_and_names_what_failed(local_ray, capsys, mo
     assert yaml.safe_load((folder / "best.yaml").read_text())["model"] == "STARRec"
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_named_and_the_search_goes_on(local_ray):
     def kill_one() -> None:
         while not any(file.stat().st_size for file in Path("search/two").glob("trial_*/result.json")):
