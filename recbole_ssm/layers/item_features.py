@@ -1,6 +1,6 @@
 """Vectors of items from their columns of the ``.item`` file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,15 +102,20 @@ class ItemFeatures(nn.Module):
         parts = [own * self.seen, *(column() for column in self.columns)]
         return torch.stack(parts).sum(0) if self.fuse is None else self.fuse(torch.cat(parts, -1))
 
-    def hold(self, values: Sequence[Tensor]) -> None:
+    def hold(self, weights: Mapping[str, Any], prefix: str) -> None:
         """Take what a checkpoint says of each column, ``[n, L]``, where it was built without data.
+
+        Args:
+            weights: of the whole model, by name.
+            prefix: with which the names of this module's begin.
 
         Raises:
             UserError: where these are no values of such columns.
         """
-        if len(values) != len(self.columns) or not all(map(self._fits, self.columns, values)):
-            raise UserError("the checkpoint's item_features are no columns of its items: train it again.")
-        for column, held in zip(self.columns, values, strict=True):
+        for place, column in enumerate(self.columns):
+            held = weights.get(f"{prefix}columns.{place}.values")
+            if not isinstance(held, Tensor) or not self._fits(column, held):
+                raise UserError("the checkpoint's item_features are no columns of its items: train it again.")
             column.values = held.to(self.seen.device)
 
     def _fits(self, column: Any, held: Tensor) -> bool:

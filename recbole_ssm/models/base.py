@@ -40,12 +40,14 @@ class PackedRecommender(SequentialRecommender):
         columns: names of what is read of events' times, in the order in which they stand beside the ids of ``items``
             (:mod:`recbole_ssm.data.context`).
         fillable: whether inert rows leave the loss as it is (:meth:`SequenceBatch.filled`).
+        steps: whether one more item costs the same whatever came before: :meth:`prefill` and :meth:`step` are there.
         corrects_samples: whether ``SampledSoftmax`` corrects for how few negatives are drawn.
     """
 
     one_pass = True
     columns: tuple[str, ...] = ()
     fillable = True
+    steps = False
     corrects_samples = True
     item_embedding: nn.Embedding
 
@@ -97,14 +99,16 @@ class PackedRecommender(SequentialRecommender):
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """What the model reads of items ``[...]``: embeddings, or what ``item_features`` makes of them."""
-        if self.item_features is None:
-            return self.item_embedding(ids)
-        return F.embedding(ids, self.item_features(self.item_embedding.weight))
+        return self.item_embedding(ids) if self.item_features is None else F.embedding(ids, self.item_table())
+
+    def item_table(self) -> Tensor:
+        """:meth:`item_vectors` of all items, ``[n_items, d]``."""
+        table = self.item_embedding.weight
+        return table if self.item_features is None else self.item_features(table)
 
     def score_table(self) -> Tensor:
         """What scores are inner products with, ``[n_items, d]``: embeddings, or with ``score_features`` vectors."""
-        table = self.item_embedding.weight
-        return self.item_features(table) if self.item_features is not None and self.score_features else table
+        return self.item_table() if self.score_features else self.item_embedding.weight
 
     def with_times(self, hidden: Tensor, items: Tensor) -> Tensor:
         """``hidden [T, d]`` and the embeddings of the columns of ``items`` that are switched on."""
@@ -126,11 +130,6 @@ class PackedRecommender(SequentialRecommender):
             ``[T, d]`` or ``[R, d]``.
         """
         raise NotImplementedError
-
-    @property
-    def steps(self) -> bool:
-        """Whether one more item costs the same whatever came before: :meth:`prefill` and :meth:`step` are there."""
-        return False
 
     def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states of packed sequences, and the states that :meth:`step` goes on from; for inference.
@@ -326,6 +325,39 @@ class PackedRecommender(SequentialRecommender):
 def _embedding_of(column: str) -> str:
     """The attribute that embeds a column; checkpoints name weights by it."""
     return column.replace("gap_bucket", "time_gap") + "_embedding"
+
+
+class CarryingRecommender(PackedRecommender):
+    """A model that steps by its layers alone: the state of a history is what each of them carries.
+
+    A subclass implements :meth:`carrying` and :meth:`carry`.
+    """
+
+    steps = True
+
+    def carrying(self) -> list[Any]:
+        """The layers, each with ``initial_state`` and ``carry`` (:meth:`recbole_ssm.layers.Mamba.carry`)."""
+        raise NotImplementedError
+
+    def carry(
+        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states of more items of each sequence, and the model's state after them (:func:`of_layers`).
+
+        Args:
+            items: see :meth:`PackedRecommender.encode`.
+            cu_seqlens: their borders; one item of each sequence where absent.
+            states: of each layer, before these items.
+        """
+        raise NotImplementedError
+
+    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.prefill`."""
+        return self.carry(items, cu_seqlens, [layer.initial_state(len(cu_seqlens) - 1) for layer in self.carrying()])
+
+    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`PackedRecommender.step`."""
+        return self.carry(items, None, [by_layer(state, i) for i in range(len(self.carrying()))])
 
 
 def init_weights(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 from torch import Tensor
 
-from recbole_ssm.checkpoint import load_checkpoint, load_weights
+from recbole_ssm.checkpoint import expect, load_checkpoint, load_weights
 from recbole_ssm.config import Config
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.data.context import reads_request
@@ -118,8 +118,8 @@ class Recommender:
                     "dataset is."
                 ) from error
             if isinstance(features := getattr(model, "item_features", None), ItemFeatures):
-                names = (f"item_features.columns.{column}.values" for column in range(len(features.columns)))
-                features.hold([held for name in names if isinstance(held := state["state_dict"].get(name), Tensor)])
+                expect(file, state, state_dict=dict)
+                features.hold(state["state_dict"], "item_features.")
             load_weights(model, state, file)
         return cls(model, config, vocabulary, {name: state[name] for name in RESULTS if name in state})
 
@@ -364,10 +364,7 @@ class Recommender:
         table = getattr(self.model, "item_embedding", None)
         if not isinstance(table, torch.nn.Embedding) or table.num_embeddings < self.vocabulary.item_num:
             raise UserError(f"{self.config['model']} has no table of item embeddings.")
-        weight = table.weight
-        if self.packs and self.model.item_features is not None:
-            weight = self.model.item_features(weight)
-        return weight[: self.vocabulary.item_num]
+        return (self.model.item_table() if self.packs else table.weight)[: self.vocabulary.item_num]
 
 
 def _checked(k: int) -> int:
