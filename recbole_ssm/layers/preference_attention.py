@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.ops import preference_attention, preference_features
-from recbole_ssm.ops.packing import positions, select_rows, sequence_ids, sequence_lengths
+from recbole_ssm.ops.packing import (
+    ring_places,
+    select_rows,
+)
 
 
 class PreferenceAwareAttention(nn.Module):
@@ -124,10 +127,7 @@ class PreferenceAwareAttention(nn.Module):
         """
         state = self.initial_state(len(cu_seqlens) - 1, length)
         places = state["key"].shape[1]
-        position = positions(cu_seqlens).long()
-        sequence = sequence_ids(cu_seqlens).long()
-        kept = position >= sequence_lengths(cu_seqlens)[sequence] - places
-        at = sequence[kept], position[kept] % places
+        kept, at = ring_places(cu_seqlens, places)
         state = {name: state[name].index_put(at, row[kept]) for name, row in self._kept(x, item_embedding).items()}
         return self._output(x, self._context(x, item_embedding, cu_seqlens, places, last=False)), state
 

@@ -12,21 +12,20 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.models.base import PackedRecommender, by_layer, of_layers
+from recbole_ssm.models.sequence_mode import PLACES_PER_BLOCK
 from recbole_ssm.ops.packing import (
     block_rows,
     borders,
     length_blocks,
     pad,
     positions,
+    ring_places,
     select_rows,
     sequence_ids,
     sequence_lengths,
 )
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, Ours, divides, setting
-
-# Places of a padded block of sequences on a CPU, where attention takes those of similar length at a time.
-PLACES_PER_BLOCK = 1 << 13
 
 
 class CausalAttention(nn.Module):
@@ -67,10 +66,8 @@ class CausalAttention(nn.Module):
         """
         query, key_value = self.query_key_value(x).split([x.shape[1], 2 * x.shape[1]], -1)
         context = self._context(query, key_value, cu_seqlens, window=length)
-        sequence, position = sequence_ids(cu_seqlens).long(), positions(cu_seqlens).long()
-        kept = position >= sequence_lengths(cu_seqlens)[sequence] - length
-        ring = x.new_zeros(len(cu_seqlens) - 1, length, key_value.shape[1])
-        ring = ring.index_put((sequence[kept], position[kept] % length), key_value[kept])
+        kept, at = ring_places(cu_seqlens, length)
+        ring = x.new_zeros(len(cu_seqlens) - 1, length, key_value.shape[1]).index_put(at, key_value[kept])
         return self.out_proj(context), {"key_value": ring}
 
     def step(self, x: Tensor, position: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -206,6 +203,8 @@ class eSASRecSettings(Ours):
 class eSASRec(PackedRecommender):
     """LiGR layers over item and position embeddings."""
 
+    steps = True
+
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
         self.corrects_samples = config["sampling_correction"]
@@ -229,11 +228,6 @@ class eSASRec(PackedRecommender):
         # Past the maximum length, where a session without an end goes on, positions stay at the last.
         position = position.clamp_max(self.max_seq_length - 1)
         return self.dropout(self.embed(items) + self.position_embedding(position))
-
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
 
     def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`PackedRecommender.prefill`."""

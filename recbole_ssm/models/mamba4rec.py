@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, MambaLayer
 from recbole_ssm.layers.blocks import BlockSettings
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, setting
 
@@ -30,7 +30,7 @@ class Mamba4RecSettings(BlockSettings):
 
 
 @register_model(Mamba4RecSettings)
-class Mamba4Rec(PackedRecommender):
+class Mamba4Rec(CarryingRecommender):
     """Stacked Mamba and feed-forward layers over item embeddings."""
 
     def __init__(self, config, dataset):
@@ -58,22 +58,14 @@ class Mamba4Rec(PackedRecommender):
             hidden = feed_forward(mamba(hidden, cu_seqlens, *((read, last) if i == final else ())))
         return hidden
 
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
+    def carrying(self) -> list[Any]:
+        """See :meth:`CarryingRecommender.carrying`."""
+        return list(self.mamba_layers)
 
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
-        layers: Any = self.mamba_layers
-        return self._carry(items, cu_seqlens, [layer.initial_state(len(cu_seqlens) - 1) for layer in layers])
-
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        states = [by_layer(state, i) for i in range(len(self.mamba_layers))]
-        return self._carry(items, None, states)
-
-    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+    def carry(
+        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`CarryingRecommender.carry`."""
         hidden = self.norm(self.embed(items))
         after: dict[int, dict[str, Tensor]] = {}
         blocks: Any = zip(self.mamba_layers, self.feed_forwards, strict=True)

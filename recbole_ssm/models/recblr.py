@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward
 from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
@@ -139,7 +139,7 @@ class RecBLRSettings(Ours):
 
 
 @register_model(RecBLRSettings)
-class RecBLR(PackedRecommender):
+class RecBLR(CarryingRecommender):
     """Stacked recurrent layers over item embeddings."""
 
     def __init__(self, config, dataset):
@@ -158,22 +158,15 @@ class RecBLR(PackedRecommender):
             hidden = layer(hidden, cu_seqlens)
         return self.layers[-1](hidden, cu_seqlens, read, last)
 
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
-
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
+    def carrying(self) -> list[Any]:
+        """See :meth:`CarryingRecommender.carrying`."""
         layers: Any = self.layers
-        states = [layer.recurrence.initial_state(len(cu_seqlens) - 1) for layer in layers]
-        return self._carry(items, cu_seqlens, states)
+        return [layer.recurrence for layer in layers]
 
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        return self._carry(items, None, [by_layer(state, i) for i in range(len(self.layers))])
-
-    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+    def carry(
+        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`CarryingRecommender.carry`."""
         hidden = self.norm(self.embed(items))
         after: dict[int, dict[str, Tensor]] = {}
         layers: Any = self.layers

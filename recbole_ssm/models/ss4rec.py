@@ -195,6 +195,8 @@ class SS4RecBlock(nn.Module):
 class SS4Rec(PackedRecommender):
     """Blocks of a time-aware and a relation-aware state-space model over item embeddings."""
 
+    steps = True
+
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
@@ -226,11 +228,6 @@ class SS4Rec(PackedRecommender):
             return torch.ones_like(self.ids(items))
         gap = self.column(items, "next_gap" if self.reads_ahead else "gap")
         return gap.to(self.item_embedding.weight.dtype) / self.time_unit
-
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
 
     def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`PackedRecommender.prefill`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
 from recbole_ssm.registry import register_model
@@ -158,7 +158,7 @@ class SSD4RecSettings(Ours):
 
 
 @register_model(SSD4RecSettings)
-class SSD4Rec(PackedRecommender):
+class SSD4Rec(CarryingRecommender):
     """Bi-SSD layers over masked, variable-length item sequences.
 
     A position of a bidirectional stack sees later ones, so it trains on one target a row (``train_mode: prefix``). Of a
@@ -170,6 +170,7 @@ class SSD4Rec(PackedRecommender):
         super().__init__(config, dataset)
         self.var_len, self.mask_ratio = config["var_len"], config["mask_ratio"]
         self.bidirectional = config["bidirectional"]
+        self.steps = self.var_len and not self.bidirectional  # what comes later changes nothing that it has read
         self.one_pass = self.var_len and (config["num_layers"] == 1 or not self.bidirectional)
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)  # row 0 embeds the mask
         self.make_time_embeddings()
@@ -195,22 +196,15 @@ class SSD4Rec(PackedRecommender):
             hidden = layer(hidden, cu_seqlens, streams=streams)
         return self.layers[-1](hidden, cu_seqlens, read, last, streams)
 
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`; what comes later changes nothing that a causal one has read."""
-        return self.var_len and not self.bidirectional
-
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
+    def carrying(self) -> list[Any]:
+        """See :meth:`CarryingRecommender.carrying`."""
         layers: Any = self.layers
-        return self._carry(items, cu_seqlens, [layer.mamba.initial_state(len(cu_seqlens) - 1) for layer in layers])
+        return [layer.mamba for layer in layers]
 
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        states = [by_layer(state, i) for i in range(len(self.layers))]
-        return self._carry(items, None, states)
-
-    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+    def carry(
+        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`CarryingRecommender.carry`."""
         hidden = self.embed(items)
         if self.norm is not None:
             hidden = self.norm(hidden)

@@ -205,6 +205,8 @@ class STARRec(PackedRecommender):
     With ``moe_level: position`` the mixture stands before the paths instead, and routes each position's embedding.
     """
 
+    steps = True
+
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
         dropout_prob = config["dropout_prob"]
@@ -245,11 +247,6 @@ class STARRec(PackedRecommender):
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position)
         return self.norm(self.dropout(self.with_times(hidden, items)))
-
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
 
     def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`PackedRecommender.prefill`."""

@@ -13,7 +13,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, Mamba2
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import CarryingRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops import causal_conv
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
@@ -166,7 +166,7 @@ class TimeAwareSSDLayer(nn.Module):
 
 
 @register_model(TiM4RecSettings)
-class TiM4Rec(PackedRecommender):
+class TiM4Rec(CarryingRecommender):
     """Stacked SSD layers that read the time between interactions, and feed-forward layers."""
 
     def __init__(self, config, dataset):
@@ -210,21 +210,14 @@ class TiM4Rec(PackedRecommender):
         gap = self.column(items, "gap").to(self.norm.weight.dtype)
         return hidden, self.into_time(torch.log1p(gap)[:, None] / LOG_OF_A_DAY)
 
-    @property
-    def steps(self) -> bool:
-        """See :attr:`PackedRecommender.steps`."""
-        return True
+    def carrying(self) -> list[Any]:
+        """See :meth:`CarryingRecommender.carrying`."""
+        return list(self.layers)
 
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
-        layers: Any = self.layers
-        return self._carry(items, cu_seqlens, [layer.initial_state(len(cu_seqlens) - 1) for layer in layers])
-
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        return self._carry(items, None, [by_layer(state, i) for i in range(len(self.layers))])
-
-    def _carry(self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]):
+    def carry(
+        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`CarryingRecommender.carry`."""
         hidden, time = self._start(items)
         after: dict[int, dict[str, Tensor]] = {}
         layers: Any = self.layers

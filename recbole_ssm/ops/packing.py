@@ -45,6 +45,17 @@ def last_rows(cu_seqlens: Tensor) -> Tensor:
     return borders(cu_seqlens).table("last_rows")
 
 
+def ring_places(cu_seqlens: Tensor, length: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Where the latest rows of each sequence stand in rings of ``length`` places: row ``p`` at ``p`` modulo that.
+
+    Returns:
+        Which rows are kept, bool ``[T]``; and their sequence and place, int64 ``[R]`` each.
+    """
+    position, sequence = positions(cu_seqlens).long(), sequence_ids(cu_seqlens).long()
+    kept = position >= sequence_lengths(cu_seqlens)[sequence] - length
+    return kept, (sequence[kept], position[kept] % length)
+
+
 def flip_rows(cu_seqlens: Tensor) -> Tensor:
     """Row order, int32 ``[T]``, that reverses each sequence in its place; it is its own inverse."""
     return borders(cu_seqlens).table("flip_rows")
