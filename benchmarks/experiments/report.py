@@ -1,6 +1,6 @@
 """The page of the papers' experiments, from the result files alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,7 +37,7 @@ def write_pages(results: Path, file: Path) -> None:
         "percent are noise."
     )
     for name, experiment in EXPERIMENTS.items():
-        found = {dataset: _rows(store, study, experiment, dataset) for dataset in study.plan["datasets"]}
+        found = {dataset: _rows(store, study, experiment, dataset) for dataset in _datasets(study, experiment)}
         found = {dataset: rows for dataset, rows in found.items() if _varied(rows)}
         if not found:
             continue
@@ -53,6 +53,10 @@ def write_pages(results: Path, file: Path) -> None:
     _by_length_of_the_user(page, file, grid)
     page.write(file)
     print(f"written: {file} and {file.with_suffix('.html')}")
+
+
+def _datasets(study: Study, experiment: Experiment) -> Iterable[str]:
+    return study.plan["datasets"] if experiment.datasets is None else experiment.datasets
 
 
 def _rows(store: Store, study: Study, experiment: Experiment, dataset: str) -> Rows:
