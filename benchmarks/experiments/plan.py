@@ -110,9 +110,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "time": Experiment(
         "What does time give, the request's too, and what does a clock of float32 cost?",
-        "STAR-Rec, open question; the clock is RecBole's. Models are not tuned: as shipped, but for 6 epochs, a learning "
-        "rate that falls as a cosine, and 1,024 targets a step (on yelp-2019-clock 512, and at most 50 items). TiM4Rec "
-        "and SS4Rec read gaps as shipped",
+        "STAR-Rec, open question; the clock is RecBole's. Models are not tuned: as shipped, but for 6 epochs, a rate "
+        "that falls as a cosine, and 1,024 targets a step (on yelp-2019-clock 512, and at most 50 items). TiM4Rec and "
+        "SS4Rec read gaps as shipped",
         ("Mamba4Rec", "STARRec", "TiM4Rec", "SS4Rec", "RecBLR", "eSASRec"),
         {
             "as shipped": {},
