@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy.stats import ttest_rel
 
@@ -17,15 +19,18 @@ import benchmarks
 from benchmarks import __main__, plots
 from benchmarks.accuracy import runs, study
 from benchmarks.accuracy.claims import Claim
+from benchmarks.accuracy.parts import NEW, RAREST, TAIL, by_popularity
 from benchmarks.accuracy.report import same_seeds
 from benchmarks.accuracy.runs import Spec, Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
 from benchmarks.accuracy.worker import FULL
+from benchmarks.experiments import new_items
 from benchmarks.experiments import plan as experiments_plan
 from benchmarks.experiments import report as experiments_report
 from benchmarks.pages import Page
 from recbole_ssm import UserError
+from recbole_ssm.analysis import Ranks
 from recbole_ssm.quick_start import train_and_test
 
 from .conftest import SMALL, random_rows, write_dataset
@@ -86,6 +91,7 @@ def test_a_run_is_that_of_run_recbole(tiny, capfd):
     assert row["command"].startswith("run_recbole --model=Mamba4Rec --dataset=tiny --seed=1 ")
     ranks = store.read_ranks(row["id"], "all items")
     assert ranks.metrics([5, 50]).items() <= row["test"]["all items"].items()
+    assert 0 < row["popularity"]["the 10% rarest items"]["number"] < len(ranks.users)
     assert "epoch 2 of 2" in capfd.readouterr().out
     runs.run_all(
         [spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=2, rank=True
@@ -369,6 +375,39 @@ def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
     assert set(row["sampled"]) == {"uni100", "pop100"}
     assert row["sampled"]["uni100"]["ndcg@10"] > row["test"][FULL]["ndcg@10"]
     assert "these are no full ranking" in page
+
+
+def test_rare_and_new_targets_are_told_apart():
+    """Of items 1 to 20 the first is new, the second has one interaction of training, and so on."""
+    counts = np.arange(20).repeat(np.arange(20)) + 1
+    train = SimpleNamespace(inter_matrix=lambda: SimpleNamespace(col=counts))
+    inter_feat = {"user_id": torch.tensor([3, 1, 2]), "place": torch.tensor([0, 1, 2])}
+    test = SimpleNamespace(
+        uid_field="user_id", TARGET_POSITION="place", item_num=21, inter_feat=inter_feat,
+        sorted_items=torch.tensor([20, 2, 1]),  # of users 3, 1, 2
+    )  # fmt: skip
+    ranks = Ranks(np.array([1, 2, 3]), np.ones(3), np.array([20, 11, 1]))
+    found = by_popularity(ranks, SimpleNamespace(_dataset=train), SimpleNamespace(_dataset=test), (10,))
+    assert {name: one["number"] for name, one in found.items()} == {NEW: 1, RAREST: 1, TAIL: 1}
+    assert found[NEW]["auc"] == pytest.approx(9 / 19)
+    assert found[RAREST]["auc"] == found[TAIL]["auc"] == 0.0
+    assert found[NEW]["ndcg@10"] == 0.0
+
+
+def test_new_items_are_in_no_training(tmp_path):
+    events = product(range(40), range(40))  # the last of user u is of item u - 1
+    rows = [f"{user}\t{(user + place) % 40}\t{time}" for time, (user, place) in enumerate(events)]
+    (tmp_path / "ml-1m").mkdir()
+    lines = ["user_id:token\titem_id:token\ttimestamp:float", *rows]
+    (tmp_path / "ml-1m" / "ml-1m.inter").write_text("\n".join(lines) + "\n")
+    (tmp_path / "ml-1m" / "ml-1m.item").write_text("item_id:token\n0\n")
+    new_items.write(tmp_path, seed=3)
+    kept = (tmp_path / new_items.NAME / f"{new_items.NAME}.inter").read_text().splitlines()
+    assert set(kept) < set(lines)
+    new = {row.split("\t")[1] for row in lines if row not in kept}
+    assert len(new) == 2
+    left = [row.split("\t") for row in kept if row.split("\t")[1] in new]
+    assert sorted(((int(item) + 1) % 40, item) for item in new) == sorted((int(user), item) for user, item, _ in left)
 
 
 def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.accuracy.parts import summary_of_parts
+from benchmarks.accuracy.parts import by_popularity, summary_of_parts
 from benchmarks.accuracy.runs import Spec
 from benchmarks.environment import environment
 from benchmarks.speed.contenders import QUIET, hush
@@ -107,12 +107,14 @@ def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]]
     """Ranks under each protocol on both sets, and what is worth knowing of the model."""
     found: dict[str, dict[str, Ranks]] = {"valid": {}, "test": {}}
     for name, settings in PROTOCOLS.items():
-        config, model, _, _, valid_data, test_data = load_data_and_model(run.checkpoint, {**settings, **QUIET})
+        config, model, _, train_data, valid_data, test_data = load_data_and_model(run.checkpoint, {**settings, **QUIET})
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         found["valid"][name] = rank_targets(trainer, valid_data)
         if rank_test:
             found["test"][name] = rank_targets(trainer, test_data)
     about: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if rank_test:
+        about["popularity"] = by_popularity(found["test"][FULL], train_data, test_data, TOPK)
     if rank_test and isinstance(model, STARRec):
         about["parts"] = summary_of_parts(model, test_data, Path(config["data_path"]))
     return found, about

@@ -13,6 +13,7 @@ Settings = dict[str, Any]
 SHORTER: dict[str, Settings] = {"ml-1m": {"epochs": 6}}
 
 
+GENRE_AND_YEAR: Settings = {"item_features": ["genre", "release_year"]}
 READING_TIME: Settings = {"use_time_gaps": True, "use_clock": True}
 
 
@@ -121,6 +122,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             "ordered in float32": {"time_order": "float32"},
         },
         datasets=("ml-1m-clock-known", "yelp-2019-clock"),
+    ),
+    "features": Experiment(
+        "What do genres and years of items give, above all to items that are rare, or new?",
+        "STAR-Rec, open question; ml-1m-new-items is ml-1m without 5% of its items in training",
+        ("Mamba4Rec", "STARRec"),
+        {
+            "ids alone": {},
+            "genre, year": GENRE_AND_YEAR,
+            "genre, year, side by side": {**GENRE_AND_YEAR, "feature_fusion": "concat"},
+            "genre, year, scored too": {**GENRE_AND_YEAR, "score_features": True},
+        },
+        datasets=("ml-1m", "ml-1m-new-items"),
     ),
     "time_gaps": Experiment(
         "Does it help to know how much time passed between interactions?",

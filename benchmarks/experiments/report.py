@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.accuracy.parts import LENGTHS
+from benchmarks.accuracy.parts import LENGTHS, NEW, RAREST, TAIL
 from benchmarks.accuracy.report import BASELINES, K, Results, compared, gain_cell, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
@@ -219,10 +219,30 @@ def _by_category(page: Page, name: str, row: dict[str, Any]) -> None:
     )
 
 
+def _rare_items(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
+    """Accuracy for the users whose target is a rare item, or one that training never had."""
+    for dataset, rows in found.items():
+        lines = []
+        for group in (NEW, RAREST, TAIL):
+            for (model, variant), own in rows.items():
+                groups = [row["popularity"][group] for row in own if group in row.get("popularity", {})]
+                if groups:
+                    score = spread([one[f"ndcg@{K}"] for one in groups])
+                    auc = mean(one["auc"] for one in groups)
+                    lines.append([group, f"{model}, {variant}", groups[0]["number"], score_cell(*score), f"{auc:.3f}"])
+        if lines:
+            page.text(
+                f"Test users of {dataset} by their target, {FULL}; AUC is the part of the other items that are ranked "
+                "behind it, by chance a half."
+            )
+            page.table(["target", "model", "users", f"NDCG@{K}", "AUC"], lines)
+
+
 PARTS: dict[str, Callable[[Page, Path, Store, dict[str, Rows]], None]] = {
     "max_length": _lengths,
     "fusion": _fusion,
     "experts": _experts,
+    "features": _rare_items,
 }
 
 
