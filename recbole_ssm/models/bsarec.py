@@ -142,15 +142,22 @@ class BSARec(PackedRecommender):
         sequence, first = sequence_ids(cu_seqlens), self.max_seq_length - cu_seqlens.diff()
         place = positions(cu_seqlens) + first.index_select(0, sequence)
         padded = items.new_zeros(len(first), self.max_seq_length, *items.shape[1:])
-        hidden = self.embed(padded.index_put((sequence, place), items)) + self.position_embedding.weight
+        hidden = self.of_rows(padded.index_put((sequence, place), items), first, last)
+        return hidden[:, 0] if last else select_rows(hidden[sequence, place], read)
+
+    def of_rows(self, items: Tensor, first: Tensor, last: bool) -> Tensor:
+        """Hidden states of rows ``[S, L]`` (with columns ``[S, L, 1 + C]``) whose items begin at the places ``first``.
+
+        Returns:
+            ``[S, L, d]``, with ``last`` that of the last place alone, ``[S, 1, d]``.
+        """
+        hidden = self.embed(items) + self.position_embedding.weight
         hidden = self.dropout(self.norm(hidden))
         seen = self._seen(first)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, self.low_pass, seen)
-        if last:
-            return self.layers[-1](hidden, self.low_pass[-1:], seen[:, :, -1:])[:, 0]
-        hidden = self.layers[-1](hidden, self.low_pass, seen)
-        return select_rows(hidden[sequence, place], read)
+        asking = slice(-1, None) if last else slice(None)
+        return self.layers[-1](hidden, self.low_pass[asking], seen[:, :, asking])
 
     def _seen(self, first: Tensor) -> Tensor:
         """Which places each place attends to, bool ``[S, 1, L, L]``, where items begin at the places ``first [S]``.

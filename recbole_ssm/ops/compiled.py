@@ -12,8 +12,8 @@ from numba.core.codegen import get_host_cpu_features
 # over the groups in order, so the result does not depend on how many threads ran; 32 groups keep up to 32 cores busy.
 GROUPS = 32
 
-# Where a processor has vectors of 512 bits, LLVM keeps to 256 on most, to spare their clocks: a scan's forward pass takes
-# 1.5 times as long so. Read when the process compiles its first function; a user's own choice in the environment stays.
+# Where a processor has vectors of 512 bits, LLVM keeps to 256 on most, to spare their clocks, and a scan's forward pass
+# takes 1.5 times as long. Read when a process compiles its first function; a user's choice in the environment stays.
 if numba.config.CPU_FEATURES is None and "+avx512f" in (_features := get_host_cpu_features()):
     numba.config.CPU_FEATURES = f"{_features},-prefer-256-bit"
 

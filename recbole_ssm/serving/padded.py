@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
 from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.models.bsarec import BSARec
 from recbole_ssm.models.esasrec import CausalAttention
 from recbole_ssm.models.recblr import GatedRecurrence
+from recbole_ssm.models.ss4rec import TimeAwareSSM
 from recbole_ssm.models.ssd4rec import BiSSDLayer, SSD4Rec
 from recbole_ssm.models.starrec import DualPathLayer
 from recbole_ssm.models.tim4rec import TimeScale
@@ -274,12 +276,79 @@ class PaddedTimeScale(TimeScale):
         return scale, time, after
 
 
+class PaddedTimeAwareSSM(TimeAwareSSM):
+    """See :class:`~recbole_ssm.models.ss4rec.TimeAwareSSM`; of complex numbers, which ONNX has not, both parts."""
+
+    def forward(self, u: Tensor, gap: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See there."""
+        rows, driven = _batch(u, cu_seqlens), self._driven_parts(_batch(u, cu_seqlens))
+        held = driven if self.reads_ahead else F.pad(driven[:, :-1], (0, 0, 0, 0, 1, 0))
+        columns = self._factors(_batch(gap, cu_seqlens), held)
+        _, x = each_row(self._advance, torch.zeros_like(driven[:, 0]), columns)
+        return self._read_parts(x, rows).flatten(0, 1)
+
+    def carry(
+        self, u: Tensor, gap: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See there; of one row of each sequence."""
+        assert state is not None
+        driven = self._driven_parts(u)
+        x, _ = self._advance(state["x"], self._factors(gap, driven if self.reads_ahead else state["held"]))
+        return self._read_parts(x, u), {"x": x} if self.reads_ahead else {"x": x, "held": driven}
+
+    @staticmethod
+    def _advance(x: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        decay, entering = row
+        x = _product(decay, x) + entering
+        return x, x.clone()  # scan refuses a row that is the state itself
+
+    def _driven_parts(self, u: Tensor) -> Tensor:
+        """``[..., P, 2]``."""
+        return self.into_state(u).unflatten(-1, (-1, 2))
+
+    def _read_parts(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.out_of_state(x.flatten(-2)) + self.D * u
+
+    def _factors(self, gap: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """What a state is multiplied with over a gap, and what enters it, ``[..., P, 2]``."""
+        step = gap.to(self.log_dt.dtype)[..., None] * torch.exp(self.log_dt)
+        real, imag = -torch.exp(self.A_log), self.A_imag
+        shrink, angle = real * step, imag * step
+        decay = torch.exp(shrink)[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+        # Decay less 1, without subtracting it from what is nearly 1.
+        half = torch.tanh(shrink / 2)
+        less = 2 * half / (1 - half) * torch.cos(angle) - 2 * torch.sin(angle / 2) ** 2
+        gone = torch.stack([less, decay[..., 1]], -1)
+        inverse = torch.stack([real, -imag], -1) / (real**2 + imag**2)[:, None]
+        return decay, _product(_product(gone, inverse), held)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Of complex numbers, real and imaginary part side by side, ``[..., 2]``."""
+    (real, imag), (other_real, other_imag) = a.unbind(-1), b.unbind(-1)
+    return torch.stack([real * other_real - imag * other_imag, real * other_imag + imag * other_real], -1)
+
+
+class PaddedBSARec(BSARec):
+    """See :class:`~recbole_ssm.models.bsarec.BSARec`, whose rows have their padding in front."""
+
+    def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See there; ``read`` is the last row of each sequence."""
+        rows, known = _batch(items, cu_seqlens), borders(cu_seqlens)
+        first = self.max_seq_length - known.lengths
+        source = torch.arange(self.max_seq_length) - first[:, None]  # which item stands in a place; below 0 none does
+        source = source.view(*source.shape, *(1,) * (rows.ndim - 2)).expand(-1, -1, *rows.shape[2:])
+        return self.of_rows(rows.gather(1, source.clamp_min(0)) * (source >= 0), first, last=True)[:, 0]
+
+
 PADDED: dict[type, type] = {
     Mamba: PaddedMamba,
     Mamba2: PaddedMamba2,
     Mamba3: PaddedMamba3,
     GatedRecurrence: PaddedRecurrence,
+    TimeAwareSSM: PaddedTimeAwareSSM,
     TimeScale: PaddedTimeScale,
+    BSARec: PaddedBSARec,
     BiSSDLayer: PaddedBiSSDLayer,
     DualPathLayer: PaddedDualPathLayer,
     PreferenceAwareAttention: PaddedAttention,

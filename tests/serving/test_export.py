@@ -35,6 +35,11 @@ MORE = {
     "SSD4Rec, aligned": ("SSD4Rec", {"backward_stream": "aligned", "num_layers": 2, "train_mode": "prefix"}),
     "SSD4Rec, two layers": ("SSD4Rec", {"num_layers": 2, "train_mode": "prefix", "norm_embedding": False}),
     "TiM4Rec": ("TiM4Rec", {}),
+    "SS4Rec": ("SS4Rec", {}),
+    "SS4Rec, two layers": ("SS4Rec", {"num_layers": 2, "time_aware": False}),
+    "SS4Rec, the request's time": ("SS4Rec", {"request_time": "known"}),
+    "BSARec": ("BSARec", {}),
+    "BSARec, time gaps": ("BSARec", {"use_time_gaps": True}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "input_dependent_fusion": True}),
     "STARRec, window": ("STARRec", {"attention_window": 4, "use_similarity": False, "moe_level": "position"}),
     "STARRec, attention": ("STARRec", {"use_ssm": False, "similarity_threshold": 0.3, "use_position_embedding": False}),
@@ -44,6 +49,12 @@ MORE = {
     "GRU4Rec": ("GRU4Rec", {"valid_metric": "NDCG@10"}),
 }
 KNOWN = {"use_time_gaps": True, "use_clock": True, "request_time": "known"}
+# Three items, and the request where it is read, of whose times the card's example has the columns: 0, 5 and 9.
+TIMES = {
+    ("gap_bucket",): {"times": [[0, 2**4 - 1, 2**4 + 2**8 - 2]]},
+    ("gap",): {"times": [[0, 5, 14]]},
+    ("next_gap",): {"times": [[0, 0, 5]], "at": 14},
+}
 PADDED = {**CASES, **MORE, "Mamba4Rec, the request's time": ("Mamba4Rec", KNOWN)}
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, LENGTH), (4, 5)]
 
@@ -151,8 +162,9 @@ def test_onnx_runtime_gives_the_models_scores(case):
     done = subprocess.run(run, cwd="shipped", capture_output=True, text=True, check=False, env={"PATH": ""})
     assert done.returncode == 0, done.stderr
     # The card's code recommends what the recommender does, in one go and step by step.
-    history, times = [served.vocabulary.items[1:4].tolist()], [[0, 2**4 - 1, 2**4 + 2**8 - 2]]
-    expected = served.recommend(history, 10, times=times if served.time_columns else None).items[0]
+    history = [served.vocabulary.items[1:4].tolist()]
+    given = {columns: how for columns, how in TIMES.items() if set(columns) <= set(served.time_columns)}
+    expected = served.recommend(history, 10, **next(iter(given.values()), {})).items[0]
     assert done.stdout.splitlines() == [str(expected)] * (1 + steps)
 
 
