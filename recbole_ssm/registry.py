@@ -28,7 +28,7 @@ from recbole.utils import get_model
 
 from recbole_ssm.compat import mended
 from recbole_ssm.errors import UserError
-from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, Ours
+from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, ModelSettings
 
 # The models that were registered, by name.
 MODELS: dict[str, type] = {}
@@ -44,7 +44,7 @@ Model = TypeVar("Model", bound=type)
 QUICK_START = ("run", "run_recbole", "run_recboles", "load_data_and_model", "objective_function")
 
 
-def register_model(settings: type[Ours]) -> Callable[[Model], Model]:
+def register_model(settings: type[ModelSettings]) -> Callable[[Model], Model]:
     """Decorator of a model's class, which makes it known by its name.
 
     Args:

@@ -11,7 +11,7 @@ from torch import nn
 from recbole_ssm import Config, UserError, list_models, registry, run_recbole
 from recbole_ssm.models.base import PackedRecommender
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import SCHEMAS, Ours
+from recbole_ssm.settings import SCHEMAS, ModelSettings
 
 from .conftest import random_rows, small_config, write_dataset
 
@@ -23,10 +23,10 @@ from torch import nn
 from recbole_ssm.models.base import PackedRecommender
 from recbole_ssm.ops.packing import select_rows
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import Ours, setting
+from recbole_ssm.settings import ModelSettings, setting
 
 
-class LastItemSettings(Ours):
+class LastItemSettings(ModelSettings):
     """What LastItem reads."""
 
     hidden_size: int = setting(16, "Number of features in the hidden state.", ge=1, fixed=True)
@@ -94,4 +94,4 @@ def test_another_packages_settings_are_held_to_its_schema(another_package):
 def test_a_name_that_is_taken_is_refused(name, by):
     model = type(name, (PackedRecommender, nn.Module), {"__module__": "theirs"})
     with pytest.raises(UserError, match=rf"^the name of the model {name} of theirs is taken by {by}: choose another"):
-        register_model(Ours)(model)
+        register_model(ModelSettings)(model)

@@ -9,10 +9,10 @@ from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.mamba3 import Mamba3
 from recbole_ssm.ops.packing import select_rows
-from recbole_ssm.settings import Ours, divides, setting
+from recbole_ssm.settings import ModelSettings, divides, setting
 
 
-class BlockSettings(Ours):
+class BlockSettings(ModelSettings):
     """Settings of models that have a choice of blocks, beside ``d_state``, ``d_conv``, ``expand`` of their own."""
 
     ssm_block: Literal["mamba", "mamba2", "mamba3"] = setting(

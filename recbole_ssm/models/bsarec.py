@@ -14,7 +14,7 @@ from recbole_ssm.layers import FeedForward
 from recbole_ssm.models.base import PackedRecommender, init_weights
 from recbole_ssm.ops.packing import positions, select_rows, sequence_ids
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, TrainMode, Whole, divides, setting
+from recbole_ssm.settings import LossType, ModelSettings, TrainMode, Whole, divides, setting
 
 
 def low_pass(length: int, c: int) -> Tensor:
@@ -80,7 +80,7 @@ class BSARecLayer(nn.Module):
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
-class BSARecSettings(Ours):
+class BSARecSettings(ModelSettings):
     """BSARec (arXiv 2312.10325). 'released': the settings in the authors' code for amazon-beauty."""
 
     hidden_size: int = setting(64, "Number of features in the hidden state.", "Released.", ge=1, le=2**16, fixed=True)

@@ -25,7 +25,7 @@ from recbole_ssm.ops.packing import (
     sequence_lengths,
 )
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, divides, setting
+from recbole_ssm.settings import LossType, ModelSettings, divides, setting
 
 
 class CausalAttention(nn.Module):
@@ -171,7 +171,7 @@ class LiGRLayer(nn.Module):
         return x + torch.sigmoid(self.feed_forward_gate(x)) * self.dropout(hidden)
 
 
-class eSASRecSettings(Ours):
+class eSASRecSettings(ModelSettings):
     """eSASRec (arXiv 2508.06450). 'released': the authors' settings for ml-1m; for amazon-beauty these are num_layers 1
     and dropout_prob 0.2.
     """

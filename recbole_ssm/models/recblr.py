@@ -17,7 +17,7 @@ from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, setting
+from recbole_ssm.settings import LossType, ModelSettings, setting
 
 # Of a row's decay, which is divided by; less is no decay at all in float32.
 LEAST_DECAY = 1e-10
@@ -127,7 +127,7 @@ class RecurrentLayer(nn.Module):
         return self.feed_forward(self.norm(hidden + x)), state
 
 
-class RecBLRSettings(Ours):
+class RecBLRSettings(ModelSettings):
     """RecBLR (arXiv 2406.12580). All values are those of the released code for ml-1m."""
 
     hidden_size: int = setting(64, "Number of features in the hidden state.", ge=1, le=2**16, fixed=True)

@@ -16,10 +16,10 @@ from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, o
 from recbole_ssm.ops.packing import last_rows, positions
 from recbole_ssm.ops.rotating_scan import rotating_scan
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, Whole, setting
+from recbole_ssm.settings import LossType, ModelSettings, Whole, setting
 
 
-class SS4RecSettings(Ours):
+class SS4RecSettings(ModelSettings):
     """SS4Rec (arXiv 2502.08132). 'released': the settings in the authors' code, the same for all its datasets."""
 
     hidden_size: int = setting(

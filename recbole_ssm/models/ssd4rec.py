@@ -19,7 +19,7 @@ from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, TrainMode, Whole, divides, setting
+from recbole_ssm.settings import LossType, ModelSettings, TrainMode, Whole, divides, setting
 
 MASK_ITEM = 0
 
@@ -97,7 +97,7 @@ class BiSSDLayer(nn.Module):
         return self.mamba(alone, single_rows(len(alone), x.device))
 
 
-class SSD4RecSettings(Ours):
+class SSD4RecSettings(ModelSettings):
     """SSD4Rec (arXiv 2409.01192). 'released': the settings in the authors' code for ml-1m; for amazon-beauty and
     amazon-video-games these are num_layers 1, dropout_prob 0.4, norm_embedding False and mask_ratio 0.2 and 0.1; for
     kuairand num_layers 2, dropout_prob 0.2, norm_embedding True and mask_ratio 0.2.

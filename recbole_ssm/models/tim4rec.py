@@ -17,13 +17,13 @@ from recbole_ssm.models.base import CarryingRecommender, by_layer, init_weights,
 from recbole_ssm.ops import causal_conv
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
-from recbole_ssm.settings import LossType, Ours, divides, setting
+from recbole_ssm.settings import LossType, ModelSettings, divides, setting
 
 # What the logarithm of a gap is divided by, to be of the order of 1: about that of a day of seconds.
 LOG_OF_A_DAY = 10.0
 
 
-class TiM4RecSettings(Ours):
+class TiM4RecSettings(ModelSettings):
     """TiM4Rec (arXiv 2409.16182). 'released': the settings in the authors' code for ml-1m; for amazon-beauty these are
     dropout_prob 0.4 and time_dropout_prob 0.
     """

@@ -14,7 +14,7 @@ from recbole_ssm.settings.models import (
     LOSS_TYPES,
     SCHEMAS,
     LossType,
-    Ours,
+    ModelSettings,
     Recboles,
     RecbolesSequential,
     TrainMode,
@@ -34,7 +34,7 @@ __all__ = [
     "Common",
     "Cosine",
     "LossType",
-    "Ours",
+    "ModelSettings",
     "TrainMode",
     "Whole",
     "check",
@@ -76,7 +76,7 @@ def schema_of(model: str, ours: bool, sequential: bool, own_trainer: bool) -> ty
     if model in SCHEMAS:
         return SCHEMAS[model]
     if ours:
-        return Ours
+        return ModelSettings
     if own_trainer:
         return Sequential if sequential else Common
     return RecbolesSequential if sequential else Recboles

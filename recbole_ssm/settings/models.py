@@ -88,7 +88,7 @@ def _check_probabilities(settings: Any, loss_type: str | None) -> None:
         if metric.lower() in ("logloss", "mae", "rmse") and loss_type not in LOGISTIC_LOSSES:
             raise ValueError(
                 f"{metric} is of probabilities, which the scores of loss_type {loss_type} are not: choose AUC or a "
-                f"metric of rankings{', or loss_type BCE or gBCE' if isinstance(settings, Ours) else ''}."
+                f"metric of rankings{', or loss_type BCE or gBCE' if isinstance(settings, ModelSettings) else ''}."
             )
 
 
@@ -169,7 +169,7 @@ def divides(settings: Any, name: str, of: str, whole: int) -> Any:
     return settings
 
 
-class Ours(OnePass):
+class ModelSettings(OnePass):
     """Settings that all models of recbole-ssm share."""
 
     temperature: float | None = setting(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, OnePass, Ours, Scheduled, WithFeatures
+from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, ModelSettings, OnePass, Scheduled, WithFeatures
 from recbole_ssm.settings.schema import UNSUPPORTED, Common, near
 
 COLUMN = 32  # at which comments of property files begin
@@ -102,12 +102,12 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
     return next(models, None)
 
 
-def registered() -> dict[str, type[Ours]]:
+def registered() -> dict[str, type[ModelSettings]]:
     """The settings of each model that was registered, by its name."""
-    return {name: schema for name, schema in SCHEMAS.items() if issubclass(schema, Ours)}
+    return {name: schema for name, schema in SCHEMAS.items() if issubclass(schema, ModelSettings)}
 
 
-def ours() -> dict[str, type[Ours]]:
+def ours() -> dict[str, type[ModelSettings]]:
     """Those of this package's models, which have property files here."""
     package = __name__.partition(".")[0]
     return {name: schema for name, schema in registered().items() if schema.__module__.partition(".")[0] == package}
@@ -115,18 +115,18 @@ def ours() -> dict[str, type[Ours]]:
 
 def shared() -> list[str]:
     """Names of what our models share, above RecBole's: those of ``overall.yaml``."""
-    names = [name for schema in (OnePass, Scheduled, Ours) for name in schema.__annotations__]
+    names = [name for schema in (OnePass, Scheduled, ModelSettings) for name in schema.__annotations__]
     return [name for name in names if not all(name in model.__annotations__ for model in ours().values())]
 
 
 def own(model: str) -> list[str]:
     """Names of a model's settings that do not stand in ``overall.yaml``: what stands in its property file."""
     schema = SCHEMAS[model]
-    if not issubclass(schema, Ours):
+    if not issubclass(schema, ModelSettings):
         return list(schema.__annotations__)
-    classes = [one for one in reversed(schema.__mro__) if issubclass(one, Ours) and one is not Ours]
+    classes = [one for one in reversed(schema.__mro__) if issubclass(one, ModelSettings) and one is not ModelSettings]
     names = [name for one in classes for name in one.__annotations__]
-    return list(dict.fromkeys([*names, *(name for name in Ours.__annotations__ if name not in shared())]))
+    return list(dict.fromkeys([*names, *(name for name in ModelSettings.__annotations__ if name not in shared())]))
 
 
 def comment(field: FieldInfo, source: bool = True) -> str:
@@ -177,7 +177,7 @@ def property_files(folder: Path) -> dict[Path, str]:
     """What all our property files should hold."""
     files = {
         folder / "overall.yaml": property_file(
-            Ours, shared(), "Settings that all models of recbole-ssm share, above RecBole's own overall.yaml."
+            ModelSettings, shared(), "Settings that all models of recbole-ssm share, above RecBole's own overall.yaml."
         )
     }
     for name, schema in ours().items():
@@ -218,7 +218,7 @@ def tables() -> dict[str, tuple[type[Common], list[str]]]:
     plain = [name for name in CAUSAL_MODELS if not issubclass(SCHEMAS[name], WithFeatures)]
     recboles = [name for name, field in Common.model_fields.items() if field.description != UNSUPPORTED]
     return {
-        "our models'": (Ours, shared()),
+        "our models'": (ModelSettings, shared()),
         **{f"{name}'s": (SCHEMAS[name], own(name)) for name in (*registered(), *plain)},
         "item features'": (WithFeatures, list(WithFeatures.__annotations__)),
         "RecBole's": (Common, recboles),
