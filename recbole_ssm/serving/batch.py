@@ -2,25 +2,16 @@
 
 Interactions come in any order. They are read once and put, by a hash of their users, into parts that each fit into
 memory (:mod:`~recbole_ssm.serving.partition`). Then each part's users are answered, into a file that appears in one
-step. Beside the output there is the folder ``<output>.partial`` until all is done::
-
-    lock            held by the run that writes it
-    state.json      what the run is of, and how much of the input has been read
-    spills/         what has been read
-    parts/          the parts that are answered
+step (:mod:`~recbole_ssm.serving.output`).
 """
 
 import hashlib
 import importlib.util
-import json
 import logging
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +24,25 @@ import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
-from recbole_ssm.checkpoint import lock
 from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
-from recbole_ssm.places import check_file, check_folder, writing
+from recbole_ssm.places import writing
 from recbole_ssm.serving.approximate import ApproximateIndex, overlap
 from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
+from recbole_ssm.serving.output import REMEDY, ROW_GROUP, SCHEMA, Output, Progress, counts_of
 from recbole_ssm.serving.partition import MOST_PARTS, read_part, whole, write_spill
 from recbole_ssm.serving.recommender import Recommender
 from recbole_ssm.serving.tables import Interactions
 
 FORMAT = 1
-SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("score", pa.float32()), ("rank", pa.int32())])
 INDEXES = ("exact", "faiss")
 
 ROWS_OF_A_SPILL = 1 << 20
 BYTES_OF_A_PART = 1 << 24  # of text
 ANSWERS_AT_A_TIME = 1 << 20
-ROW_GROUP = 1 << 20
 
 # Users for whom an approximate answer is held to the exact one.
 SAMPLE = 1000
-
-REMEDY = "make room there, or choose another --output; given again, the same command goes on where it was"
 
 
 @dataclass(frozen=True)
@@ -76,20 +63,6 @@ class Summary:
     rows: int
     recall: float | None = None
     sampled: int = 0
-
-
-@dataclass
-class _State:
-    """What ``state.json`` holds: the job, into how many parts its users go, and what has been read of the input."""
-
-    job: dict[str, Any]
-    parts: int
-    spills: int = 0
-    rows: int = 0
-    unknown: int = 0  # rows whose item the model does not know
-    example: str = ""  # such an item
-    columns: list[str] = field(default_factory=list)
-    all_read: bool = False
 
 
 def recommend_all(
@@ -157,7 +130,7 @@ def recommend_all(
         "candidates": hashlib.blake2b(columns.tobytes(), digest_size=16).hexdigest(),
         "index": [index, lists_searched] if index == "faiss" else [index],
     }
-    place = _Place(output)
+    place = Output(output)
     with place.held():
         state = place.begin(job, min(MOST_PARTS, -(-interactions.size // BYTES_OF_A_PART)))
         answers = _Answers(recommender, columns, k, exclude_seen, batch_users, at)
@@ -171,7 +144,8 @@ def recommend_all(
                 f"{state.example!r}: they are left out"
             )
         _answer(answers, place, state, show_progress)
-        return place.finish(answers)
+        found, there = answers.overlap
+        return Summary(**place.finish(), recall=found / there if there else None, sampled=answers.sampled)
 
 
 def set_threads(threads: int) -> None:
@@ -189,100 +163,6 @@ def set_threads(threads: int) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
-
-
-class _Place:
-    """The output, and the folder in which it is made."""
-
-    def __init__(self, output: str | Path):
-        self.output = Path(output)
-        if not self.output.name:
-            raise UserError(f"output is {str(output)!r}: name a file, or a folder with / at its end.")
-        self.is_folder = str(output).endswith(("/", os.sep)) or self.output.is_dir()
-        self.scratch = self.output.with_name(f"{self.output.name}.partial")
-        self.parts, self._state = self.scratch / "parts", self.scratch / "state.json"
-        if self.is_folder:
-            check_folder(self.output.parent, "choose another --output")
-            if self.output.exists() and (not self.output.is_dir() or not self._holds_parts()):
-                raise UserError(
-                    f"{self.output} holds other files than parts of recommendations: name another --output."
-                )
-        else:
-            check_file(self.output, "choose another --output")
-
-    def _holds_parts(self) -> bool:
-        return all(file.match("part-*.parquet") for file in self.output.iterdir())
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs away."""
-        check_folder(self.scratch, "choose another --output")
-        with (self.scratch / "lock").open("ab") as file:
-            if not lock(file):
-                raise UserError(f"another run writes {self.output}: wait for it, or name another --output.")
-            yield
-
-    def begin(self, job: dict[str, Any], parts: int) -> _State:
-        """Where a run of the same job stopped, or a new one."""
-        state = None
-        try:
-            state = _State(**json.loads(self._state.read_text()))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError):
-            logging.getLogger().warning(f"{self._state} is damaged: starting anew")
-        if state is not None and state.job != job:
-            other = ", ".join(sorted(key for key in job if state.job.get(key) != job[key]))
-            logging.getLogger().warning(f"{self.scratch} is of another run (other {other}): starting anew")
-            state = None
-        if state is None:
-            state = _State(job, max(1, parts))
-            for path in self.scratch.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "lock":
-                    path.unlink()
-        else:
-            done = sum(self.part(number).exists() for number in range(state.parts))
-            logging.getLogger().info(f"going on with {self.scratch}: {state.rows} rows read, {done} parts answered")
-        with writing(self.scratch, REMEDY):
-            self.parts.mkdir(exist_ok=True)
-            (self.scratch / "spills").mkdir(exist_ok=True)
-        return state
-
-    def save(self, state: _State) -> None:
-        """Note how far reading has come."""
-        with writing(self._state, REMEDY), whole(self._state) as scratch:
-            scratch.write_text(json.dumps(asdict(state)))
-
-    def spill(self, number: int) -> Path:
-        """The file of a spill."""
-        return self.scratch / "spills" / f"{number:06}"
-
-    def part(self, number: int) -> Path:
-        """The file of a part's answers."""
-        return self.parts / f"part-{number:05}.parquet"
-
-    def finish(self, answers: "_Answers") -> Summary:
-        """Put the parts where the output is to be, and remove the rest."""
-        files = sorted(self.parts.iterdir())
-        abouts = [_about(file) for file in files]
-        rows = sum(pa.parquet.read_metadata(file).num_rows for file in files)
-        with writing(self.output, REMEDY):
-            if self.is_folder:
-                if self.output.exists():
-                    os.replace(self.output, self.scratch / "before")
-                os.replace(self.parts, self.output)
-            else:
-                with whole(self.scratch / "all") as scratch, pa.parquet.ParquetWriter(scratch, SCHEMA) as writer:
-                    for file in files:
-                        for batch in pa.parquet.ParquetFile(file, buffer_size=1 << 20).iter_batches(ROW_GROUP):
-                            writer.write_batch(batch, ROW_GROUP)
-                os.replace(self.scratch / "all", self.output)
-        shutil.rmtree(self.scratch, ignore_errors=True)  # Windows keeps the lock, which is open
-        users, answered = (sum(about[name] for about in abouts) for name in ("users", "answered"))
-        found, there = answers.overlap
-        return Summary(users, answered, rows, found / there if there else None, answers.sampled)
 
 
 class _Answers:
@@ -335,7 +215,7 @@ class _Answers:
 
 
 def _read(
-    interactions: Interactions, recommender: Recommender, place: _Place, state: _State, show_progress: bool
+    interactions: Interactions, recommender: Recommender, place: Output, state: Progress, show_progress: bool
 ) -> None:
     """Put all rows into spills, from the row on where a run before has stopped."""
     pending: list[pa.RecordBatch] = []
@@ -378,7 +258,7 @@ def _read(
     place.save(state)
 
 
-def _answer(answers: _Answers, place: _Place, state: _State, show_progress: bool) -> None:
+def _answer(answers: _Answers, place: Output, state: Progress, show_progress: bool) -> None:
     """Write each part that no run before has written."""
     spills = [place.spill(number) for number in range(state.spills)]
     users_answered, begun = 0, time.monotonic()
@@ -386,7 +266,7 @@ def _answer(answers: _Answers, place: _Place, state: _State, show_progress: bool
         for number in range(state.parts):
             path = place.part(number)
             if path.exists():
-                bar.update(_about(path)["read"])
+                bar.update(counts_of(path)["read"])
                 continue
             rows = read_part(spills, number, state.columns)
             users, histories = answers.histories(rows)
@@ -401,12 +281,6 @@ def _answer(answers: _Answers, place: _Place, state: _State, show_progress: bool
             bar.update(len(rows) - len(histories.items))
             users_answered += len(users)
             bar.set_postfix_str(f"{users_answered / (time.monotonic() - begun):,.0f} users/s", refresh=False)
-
-
-def _about(part: Path) -> dict[str, int]:
-    """What a part's file says of itself: its users, those answered, and the interactions read."""
-    metadata = pa.parquet.read_metadata(part).metadata
-    return {name: int(metadata[name.encode()]) for name in ("users", "answered", "read")}
 
 
 def _bar(description: str, total: int | None, unit: str, shown: bool) -> tqdm:

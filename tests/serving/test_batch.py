@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(caplog):
 
 def test_two_runs_of_one_output_do_not_mix():
     source = written(interactions(100), "csv")
-    with batch._Place("out.parquet").held(), pytest.raises(UserError, match=r"another run writes out\.parquet"):
+    with batch.Output("out.parquet").held(), pytest.raises(UserError, match=r"another run writes out\.parquet"):
         batch.recommend_all(recommender("Mamba4Rec"), source, "out.parquet")
 
 
