@@ -12,7 +12,7 @@ import torch
 from benchmarks import __main__, plots, speed
 from benchmarks.environment import environment, slug
 from benchmarks.peers.client import Package, write_histories
-from benchmarks.speed import accuracy, batches, catalogue, contenders, evaluation, training
+from benchmarks.speed import accuracy, batches, catalogue, contenders, evaluation, models, training
 from benchmarks.speed.data import write_interactions
 from recbole_ssm.errors import UserError
 from tests.conftest import random_rows, write_dataset
@@ -66,6 +66,18 @@ def test_training(monkeypatch, quick_search):
     assert "SASRec, RecBole" in image("training").read_text()
     assert not Path("saved").exists()  # what RecBole writes does not lie about
     assert not torch.is_anomaly_enabled()
+
+
+def test_models(monkeypatch):
+    monkeypatch.setattr(models, "SECONDS_A_ROUND", 0.01)
+    monkeypatch.setattr(models, "CONTENDERS", {name: models.CONTENDERS[name] for name in ("Mamba4Rec", "BSARec")})
+    part = run(monkeypatch, "--parts", "models", "--model_datasets", "tiny", settings=("eval_batch_size=64",))["parts"]["models"]
+    rows = {row["contender"]: row for row in part["rows"]}
+    assert list(rows) == ["Mamba4Rec", "BSARec"]
+    assert rows["Mamba4Rec"]["times_as_long"] == 1
+    assert [row["train_batch_size"] for row in rows.values()] == [2048, 256]
+    assert all(row["dataset"] == "tiny" and row["epoch_s"] > 0 for row in rows.values())
+    assert "| BSARec | tiny | 2 |" in Path("page.md").read_text()
 
 
 def test_every_contender_trains_at_its_own_best_batch(monkeypatch, quick_search):

@@ -32,7 +32,7 @@ def built(about: dict[str, Any], model: str, precision: str = "float32", **fixed
     """
     hush()
     logging.getLogger().setLevel(logging.WARNING)  # what is not used here, and why
-    amp = {"enable_amp": precision == "bfloat16"}
+    amp: dict[str, Any] = {"enable_amp": precision == "bfloat16"}
     return contender(arguments_of(about), model, _datasets, **amp, **fixed)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.environment import environment, slug
 from benchmarks.peers.client import find_python
 from benchmarks.report import write_section
-from benchmarks.speed import accuracy, catalogue, data, evaluation, lengths, training
+from benchmarks.speed import accuracy, catalogue, data, evaluation, lengths, models, training
 from benchmarks.speed.contenders import hush
 from benchmarks.speed.tables import draw, speed_tables
 
@@ -29,6 +29,7 @@ SAME = ("device", "versions")
 # on the same device with the same versions has yielded.
 PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "training": training.measure,
+    "models": models.measure,
     "evaluation": evaluation.measure,
     "data": data.measure,
     "lengths": lengths.measure,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accuracy_dataset", default="amazon-beauty", help="of accuracy")
     parser.add_argument("--epochs", type=int, default=8, help="of accuracy")
     parser.add_argument("--seeds", type=int, default=3, help="of accuracy")
+    models.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/speed-<device>.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="page with the tables")
     parser.set_defaults(run=main)

@@ -126,7 +126,8 @@ def recboles_sasrec(arguments: Namespace, **fixed: Any) -> Contender:
 
 
 def contender(
-    arguments: Namespace, model: str, datasets: dict[str, Any] | None = None, **fixed: Any
+    arguments: Namespace, model: str, datasets: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None, **fixed: Any
 ) -> Contender:  # fmt: skip
     """A model as ``recbole_ssm.run_recbole`` would build it, trained as it is by default, SASRec in sequence mode.
 
@@ -134,10 +135,11 @@ def contender(
         arguments: ``data_path``, ``dataset`` and ``settings``.
         model: its name.
         datasets: keeps the filtered data of each model, for configurations that differ in nothing of them.
+        defaults: settings below all others; what all comparisons have in common where absent.
         fixed: settings above all others.
     """
     own = {"SASRec": {"train_mode": "sequence"}, "SSD4Rec": RELEASED}.get(model, {})
-    config = config_of(arguments, model, fixed, {**COMMON, **own})
+    config = config_of(arguments, model, fixed, {**COMMON, **own} if defaults is None else defaults)
     dataset = None
     if datasets is not None:
         if model not in datasets:

@@ -192,8 +192,28 @@ def _accuracy(part: dict[str, Any]) -> list[str]:
     )  # fmt: skip
 
 
+def _models(part: dict[str, Any]) -> list[str]:
+    head = "model | set | layers | parameters | targets a step | loss | targets a second | an epoch, s | times as long"
+    rows = [
+        [
+            row["contender"],
+            row["dataset"],
+            str(row["layers"]),
+            _number(row["parameters"]),
+            _number(row["train_batch_size"]),
+            row["loss_type"],
+            _spread(row["targets_per_s"]),
+            _number(row["epoch_s"]),
+            _number(row["times_as_long"]),
+        ]
+        for row in part["rows"]
+    ]
+    return _table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "training": ("Training", _training),
+    "models": ("An epoch of each of our models", _models),
     "evaluation": ("Evaluation", _evaluation),
     "data": ("Loading data", _data),
     "lengths": ("Longer sequences", _lengths),
