@@ -71,6 +71,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"1": {}, **_values("num_layers", (2, 3, 4))},
         "layers",
     ),
+    "ssm_block": Experiment(
+        "Does a newer state-space block do better?",
+        "not in the papers: Mamba-2 (arXiv 2405.21060) and Mamba-3 (arXiv 2603.15569) in the place of Mamba, as tuned for "
+        "Mamba",
+        ("Mamba4Rec", "STARRec"),
+        {"Mamba": {}, "Mamba-2": {"ssm_block": "mamba2"}, "Mamba-3": {"ssm_block": "mamba3"}},
+    ),
     "ablations": Experiment(
         "What does each part of STAR-Rec give?",
         "STAR-Rec, ablations of section 4",
