@@ -73,8 +73,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "ssm_block": Experiment(
         "Does a newer state-space block do better?",
-        "not in the papers: Mamba-2 (arXiv 2405.21060) and Mamba-3 (arXiv 2603.15569) in the place of Mamba, as tuned for "
-        "Mamba",
+        "not in the papers: Mamba-2 (arXiv 2405.21060) and Mamba-3 (arXiv 2603.15569) in the place of Mamba, with what "
+        "was tuned for it",
         ("Mamba4Rec", "STARRec"),
         {"Mamba": {}, "Mamba-2": {"ssm_block": "mamba2"}, "Mamba-3": {"ssm_block": "mamba3"}},
     ),
