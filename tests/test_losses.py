@@ -70,12 +70,16 @@ def test_gradients_serve_one_backward_pass_and_say_so():
         loss.backward()
 
 
-def test_item_scores_are_inner_products(monkeypatch):
+@pytest.mark.parametrize(
+    "most", [0, 64]
+)  # times as many items as are scored that a catalogue may have to be scored all
+def test_item_scores_are_inner_products(most, monkeypatch):
+    monkeypatch.setattr(losses, "ALL_SCORES", most)
     hidden, table, _ = rows_and_table(11, 20)
     items = torch.randint(20, (11, 6), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(11, 6, dtype=torch.float64)
     expected = torch.einsum("md,mkd->mk", hidden, table[items])
-    monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", 2 * 6 * 8 * 8)  # two rows a block
+    monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", 2 * (20 if most else 6 * 8) * 8)  # two rows a block
     found = item_scores(hidden, table, items)
     torch.testing.assert_close(found, expected)
     for got, want in zip(

@@ -16,6 +16,10 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = {"cpu": 4 << 20}
 BLOCK_BYTES_ELSEWHERE = 256 << 20
 
+# On a CPU the scores of all items are a product of matrices, and cheaper than gathering the embeddings of K items a row
+# as long as there are no more items than this many times K.
+ALL_SCORES = 64
+
 
 def _rows_per_block(device: torch.device, bytes_per_row: int, at_least: int = 1) -> int:
     return max(at_least, BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // max(1, bytes_per_row))
@@ -155,8 +159,12 @@ class _ItemScores(torch.autograd.Function):
     def forward(ctx, hidden, weight, items):
         rows, table = hidden.detach(), weight.detach()
         scores = torch.empty(items.shape, dtype=rows.dtype, device=rows.device)
-        for part in _blocks(rows, items):
-            torch.bmm(table[items[part]], rows[part, :, None], out=scores[part, :, None])
+        ctx.of_all = rows.is_cpu and len(table) <= ALL_SCORES * items.shape[1]
+        for part in _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1]):
+            if ctx.of_all:
+                torch.gather(rows[part] @ table.T, 1, items[part], out=scores[part])
+            else:
+                torch.bmm(table[items[part]], rows[part, :, None], out=scores[part, :, None])
         ctx.save_for_backward(rows, table, items)
         return scores
 
@@ -165,15 +173,21 @@ class _ItemScores(torch.autograd.Function):
     def backward(ctx, grad):
         rows, table, items = ctx.saved_tensors
         into_rows, into_table = torch.empty_like(rows), torch.zeros_like(table)
-        for part in _blocks(rows, items):
+        for part in _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1]):
+            if ctx.of_all:
+                into_all = rows.new_zeros(len(rows[part]), len(table)).scatter_add_(1, items[part], grad[part])
+                torch.mm(into_all, table, out=into_rows[part])
+                into_table.addmm_(into_all.T, rows[part])
+                continue
             into_rows[part] = torch.bmm(grad[part, None, :], table[items[part]])[:, 0]
             into_items = grad[part, :, None] * rows[part, None, :]
             into_table.index_add_(0, items[part].flatten(), into_items.flatten(0, 1))
         return into_rows, into_table, None
 
 
-def _blocks(rows: Tensor, items: Tensor):
-    size = _rows_per_block(rows.device, items.shape[1] * rows.shape[1] * rows.element_size())
+def _blocks(rows: Tensor, width: int):
+    """Slices of rows, each of which needs ``width`` numbers."""
+    size = _rows_per_block(rows.device, width * rows.element_size())
     return [slice(begin, begin + size) for begin in range(0, len(rows), size)]
 
 
