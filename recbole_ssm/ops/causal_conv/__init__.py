@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
 from recbole_ssm.ops.causal_conv.reference import causal_conv_reference
-from recbole_ssm.ops.packing import check_packed, sequence_ids, single_rows
+from recbole_ssm.ops.packing import borders, check_packed, sequence_ids, single_rows
 
 LONGEST_FILTER = 8
 
@@ -59,6 +60,10 @@ def causal_conv(
     if initial_state is None and not return_final_state:
         return _stateless(chosen, x, weight, bias, activation, cu_seqlens)
 
+    if initial_state is not None and len(x) == state_shape[0] and borders(cu_seqlens).longest == 1:
+        y, seen = _step(x, weight, bias, activation, initial_state)
+        return (y, seen) if return_final_state else y
+
     # No backend knows of states: their rows are laid in front of each sequence, whose outputs are dropped.
     before = taps - 1
     sequence = torch.arange(len(cu_seqlens) - 1, device=x.device)
@@ -73,6 +78,17 @@ def causal_conv(
         return y
     ends = extended_cu[1:, None].long() - before + torch.arange(before, device=x.device)
     return y, extended[ends].mT
+
+
+def _step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One more row of each sequence: a few operations on small tensors, which no kernel is worth its call for."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    seen = torch.cat([before.to(x.dtype), x[..., None]], -1)
+    y = (seen.to(compute) * weight.to(compute)).sum(-1)
+    y = y if bias is None else y + bias.to(compute)
+    return (F.silu(y) if activation else y).to(x.dtype), seen[..., 1:]
 
 
 def _stateless(chosen, x, weight, bias, activation, cu_seqlens):
