@@ -21,7 +21,8 @@ from recbole_ssm.settings.models import (
     divides,
     fixed,
 )
-from recbole_ssm.settings.schema import MOST, Common, Cosine, Sequential, Whole, near, setting
+from recbole_ssm.settings.parts import MOST, Cosine, Whole, near, setting
+from recbole_ssm.settings.schema import Common, Sequential
 from recbole_ssm.settings.text import sentence
 
 __all__ = [

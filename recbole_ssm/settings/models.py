@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, model_validator
 
-from recbole_ssm.settings.schema import Common, Sequential, setting
+from recbole_ssm.settings.parts import setting
+from recbole_ssm.settings.schema import Common, Sequential
 
 LossType = Literal["CE", "BCE", "BPR", "gBCE", "SampledSoftmax"]
 TrainMode = Literal["sequence", "prefix"]

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from recbole_ssm.settings.models import CAUSAL_MODELS, SCHEMAS, ModelSettings, OnePass, Scheduled, WithFeatures
-from recbole_ssm.settings.schema import UNSUPPORTED, Common, near
+from recbole_ssm.settings.parts import UNSUPPORTED, near
+from recbole_ssm.settings.schema import Common
 
 COLUMN = 32  # at which comments of property files begin
 

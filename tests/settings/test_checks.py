@@ -383,7 +383,8 @@ def test_defaults_are_recboles():
     import recbole
 
     from recbole_ssm.settings.models import GRU4Rec, SASRec
-    from recbole_ssm.settings.schema import Common, EvalArgs, NegativeSampling
+    from recbole_ssm.settings.parts import EvalArgs, NegativeSampling
+    from recbole_ssm.settings.schema import Common
 
     folder = Path(recbole.__file__).parent / "properties"
     loader = Config("BPR", "mine").yaml_loader
