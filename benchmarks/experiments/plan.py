@@ -128,7 +128,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "the request's too": {**READING_TIME, "request_time": "known"},
             "ordered in float32": {"time_order": "float32"},
         },
-        datasets=("ml-1m-clock-known", "yelp-2019-clock"),
+        datasets=("ml-1m-clock-known", "ml-1m-clock-shuffled", "yelp-2019-clock"),
     ),
     "features": Experiment(
         "What do genres and years of items give, above all to items that are rare, or new?",
