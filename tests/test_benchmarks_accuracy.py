@@ -394,6 +394,13 @@ def test_rare_and_new_targets_are_told_apart():
     assert found[NEW]["ndcg@10"] == 0.0
 
 
+def test_rare_and_new_targets_stand_on_the_page(tmp_path):
+    page, rows = Page(""), [{"popularity": {NEW: {"number": 1234, "auc": 0.25, "ndcg@10": 0.125}}}]
+    experiments_report.PARTS["features"](page, tmp_path / "page.md", None, {"tiny": {("M", "ids alone"): rows}})
+    page.write(tmp_path / "page.md")
+    assert f"| {NEW} | M, ids alone | 1,234 | .1250 | 0.250 |" in (tmp_path / "page.md").read_text()
+
+
 def test_new_items_are_in_no_training(tmp_path):
     events = product(range(40), range(40))  # the last of user u is of item u - 1
     rows = [f"{user}\t{(user + place) % 40}\t{time}" for time, (user, place) in enumerate(events)]

@@ -41,7 +41,8 @@ class Results:
     def __init__(self, store: Store, study: Study):
         self.store = store
         datasets, models = (
-            dict.fromkeys([*names, *(row[key] for row in store.rows.values())])
+            # Sets that stand in `also` alone are an experiment's.
+            dict.fromkeys([*names, *(row[key] for row in store.rows.values() if row[key] not in study.also)])
             for key, names in (("dataset", study.plan["datasets"]), ("model", study.model_names))
         )
         self.rows: dict[str, dict[str, Rows]] = {}

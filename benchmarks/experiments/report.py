@@ -229,7 +229,8 @@ def _rare_items(page: Page, file: Path, store: Store, found: dict[str, Rows]) ->
                 if groups:
                     score = spread([one[f"ndcg@{K}"] for one in groups])
                     auc = mean(one["auc"] for one in groups)
-                    lines.append([group, f"{model}, {variant}", groups[0]["number"], score_cell(*score), f"{auc:.3f}"])
+                    users = f"{groups[0]['number']:,}"
+                    lines.append([group, f"{model}, {variant}", users, score_cell(*score), f"{auc:.3f}"])
         if lines:
             page.text(
                 f"Test users of {dataset} by their target, {FULL}; AUC is the part of the other items that are ranked "
