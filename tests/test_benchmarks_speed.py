@@ -71,10 +71,8 @@ def test_training(monkeypatch, quick_search):
 def test_models(monkeypatch):
     monkeypatch.setattr(models, "SECONDS_A_ROUND", 0.01)
     monkeypatch.setattr(models, "CONTENDERS", {name: models.CONTENDERS[name] for name in ("Mamba4Rec", "BSARec")})
-    part = run(monkeypatch, "--parts", "models", "--model_datasets", "tiny", settings=("eval_batch_size=64",))["parts"][
-        "models"
-    ]
-    rows = {row["contender"]: row for row in part["rows"]}
+    found = run(monkeypatch, "--parts", "models", "--model_datasets", "tiny", settings=("eval_batch_size=64",))
+    rows = {row["contender"]: row for row in found["parts"]["models"]["rows"]}
     assert list(rows) == ["Mamba4Rec", "BSARec"]
     assert rows["Mamba4Rec"]["times_as_long"] == 1
     assert [row["train_batch_size"] for row in rows.values()] == [2048, 256]

@@ -70,9 +70,7 @@ def test_gradients_serve_one_backward_pass_and_say_so():
         loss.backward()
 
 
-@pytest.mark.parametrize(
-    "most", [0, 64]
-)  # times as many items as are scored that a catalogue may have to be scored all
+@pytest.mark.parametrize("most", [0, 64])  # gathered, and chosen of the scores of all
 def test_item_scores_are_inner_products(most, monkeypatch):
     monkeypatch.setattr(losses, "ALL_SCORES", most)
     hidden, table, _ = rows_and_table(11, 20)

@@ -160,7 +160,8 @@ class _ItemScores(torch.autograd.Function):
         rows, table = hidden.detach(), weight.detach()
         scores = torch.empty(items.shape, dtype=rows.dtype, device=rows.device)
         ctx.of_all = rows.is_cpu and len(table) <= ALL_SCORES * items.shape[1]
-        for part in _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1]):
+        ctx.blocks = _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1])
+        for part in ctx.blocks:
             if ctx.of_all:
                 torch.gather(rows[part] @ table.T, 1, items[part], out=scores[part])
             else:
@@ -173,15 +174,15 @@ class _ItemScores(torch.autograd.Function):
     def backward(ctx, grad):
         rows, table, items = ctx.saved_tensors
         into_rows, into_table = torch.empty_like(rows), torch.zeros_like(table)
-        for part in _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1]):
+        for part in ctx.blocks:
             if ctx.of_all:
                 into_all = rows.new_zeros(len(rows[part]), len(table)).scatter_add_(1, items[part], grad[part])
                 torch.mm(into_all, table, out=into_rows[part])
                 into_table.addmm_(into_all.T, rows[part])
-                continue
-            into_rows[part] = torch.bmm(grad[part, None, :], table[items[part]])[:, 0]
-            into_items = grad[part, :, None] * rows[part, None, :]
-            into_table.index_add_(0, items[part].flatten(), into_items.flatten(0, 1))
+            else:
+                into_rows[part] = torch.bmm(grad[part, None, :], table[items[part]])[:, 0]
+                into_items = grad[part, :, None] * rows[part, None, :]
+                into_table.index_add_(0, items[part].flatten(), into_items.flatten(0, 1))
         return into_rows, into_table, None
 
 

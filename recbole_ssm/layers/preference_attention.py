@@ -5,10 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.ops import preference_attention, preference_features
-from recbole_ssm.ops.packing import (
-    ring_places,
-    select_rows,
-)
+from recbole_ssm.ops.packing import ring_places, select_rows
 
 
 class PreferenceAwareAttention(nn.Module):

@@ -281,7 +281,8 @@ class PaddedTimeAwareSSM(TimeAwareSSM):
 
     def forward(self, u: Tensor, gap: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See there."""
-        rows, driven = _batch(u, cu_seqlens), self._driven_parts(_batch(u, cu_seqlens))
+        rows = _batch(u, cu_seqlens)
+        driven = self._driven_parts(rows)
         held = driven if self.reads_ahead else F.pad(driven[:, :-1], (0, 0, 0, 0, 1, 0))
         columns = self._factors(_batch(gap, cu_seqlens), held)
         _, x = each_row(self._advance, torch.zeros_like(driven[:, 0]), columns)

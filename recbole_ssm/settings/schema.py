@@ -7,13 +7,7 @@ it. Our property files, ``--help`` and the tables of docs/configuration.md are w
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from recbole_ssm.settings.parts import (
     LIST_METRICS,
