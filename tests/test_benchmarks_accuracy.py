@@ -25,9 +25,9 @@ from benchmarks.accuracy.runs import Spec, Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
 from benchmarks.accuracy.worker import FULL
-from benchmarks.experiments import new_items
 from benchmarks.experiments import plan as experiments_plan
 from benchmarks.experiments import report as experiments_report
+from benchmarks.experiments import sets
 from benchmarks.pages import Page
 from recbole_ssm import UserError
 from recbole_ssm.analysis import Ranks
@@ -408,13 +408,27 @@ def test_new_items_are_in_no_training(tmp_path):
     lines = ["user_id:token\titem_id:token\ttimestamp:float", *rows]
     (tmp_path / "ml-1m" / "ml-1m.inter").write_text("\n".join(lines) + "\n")
     (tmp_path / "ml-1m" / "ml-1m.item").write_text("item_id:token\n0\n")
-    new_items.write(tmp_path, seed=3)
-    kept = (tmp_path / new_items.NAME / f"{new_items.NAME}.inter").read_text().splitlines()
+    sets.write(tmp_path, "ml-1m-new-items", seed=3)
+    kept = (tmp_path / "ml-1m-new-items" / "ml-1m-new-items.inter").read_text().splitlines()
     assert set(kept) < set(lines)
     new = {row.split("\t")[1] for row in lines if row not in kept}
     assert len(new) == 2
     left = [row.split("\t") for row in kept if row.split("\t")[1] in new]
     assert sorted(((int(item) + 1) % 40, item) for item in new) == sorted((int(user), item) for user, item, _ in left)
+
+
+def test_sets_with_known_seconds_hold_the_same_rows(tmp_path):
+    rows = [f"{user}\t{item}\t{user * 10 + item // 2}" for user in (7, 2999, 3000) for item in range(20)]
+    (tmp_path / "ml-1m-clock").mkdir()
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    (tmp_path / "ml-1m-clock" / "ml-1m-clock.inter").write_text("\n".join([header, *rows]) + "\n")
+    found = {}
+    for name in ("ml-1m-clock-known", "ml-1m-clock-shuffled"):
+        sets.write(tmp_path, name)
+        found[name] = (tmp_path / name / f"{name}.inter").read_text().splitlines()
+    assert found["ml-1m-clock-known"] == [header, *rows[:40]]
+    assert found["ml-1m-clock-shuffled"] != found["ml-1m-clock-known"]
+    assert sorted(found["ml-1m-clock-shuffled"][1:]) == sorted(rows[:40])
 
 
 def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):

@@ -121,14 +121,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "STAR-Rec, open question; the clock is RecBole's. Models are not tuned: as shipped, but for 6 epochs, a rate "
         "that falls as a cosine, and 1,024 targets a step (on yelp-2019-clock 512, and at most 50 items). TiM4Rec and "
         "SS4Rec read gaps as shipped",
-        ("Mamba4Rec", "STARRec", "TiM4Rec", "SS4Rec", "RecBLR", "eSASRec"),
+        ("Mamba4Rec", "STARRec", "TiM4Rec", "SS4Rec", "RecBLR", "eSASRec", "BSARec"),
         {
             "as shipped": {},
             "gaps, hours, weekdays": READING_TIME,
             "the request's too": {**READING_TIME, "request_time": "known"},
             "ordered in float32": {"time_order": "float32"},
         },
-        datasets=("ml-1m-clock-known", "ml-1m-clock-shuffled", "yelp-2019-clock"),
+        datasets=("ml-1m-clock", "ml-1m-clock-known", "ml-1m-clock-shuffled", "yelp-2019-clock"),
     ),
     "features": Experiment(
         "What do genres and years of items give, above all to items that are rare, or new?",
