@@ -73,8 +73,9 @@ def lines(
     logy: bool = True,
     dashed: Sequence[str] = (),
     xnames: dict[float, str] | None = None,
+    ticks: bool = True,
 ) -> None:
-    """Draw a line a series, with every ``x`` marked on its axis.
+    """Draw a line a series.
 
     Args:
         path: picture, of the kind that its suffix names.
@@ -86,12 +87,13 @@ def lines(
         logy: whether ``y`` has one.
         dashed: names of the series that others are compared with.
         xnames: what stands at a place on the axis instead of its number.
+        ticks: whether every ``x`` is marked, on its line and on the axis.
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, axes = _figure(8, 4.5)
     for number, (name, points) in enumerate(series.items()):
-        style = {"marker": "o", "color": COLOURS[2 * number % len(COLOURS)]}
+        style = {"marker": "o" if ticks else "", "color": COLOURS[2 * number % len(COLOURS)]}
         if name in dashed:
             style = {"linestyle": "--", "color": INK}
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
@@ -102,7 +104,8 @@ def lines(
     places = sorted({x for points in series.values() for x, _ in points})
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xticks(places, None if xnames is None else [xnames[place] for place in places])
+    if ticks:
+        axes.set_xticks(places, None if xnames is None else [xnames[place] for place in places])
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color=FAINT, linewidth=0.6)

@@ -73,15 +73,28 @@ def properties_dir() -> Path:
     raise FileNotFoundError(f"no property files beside {package}: install recbole-ssm again")
 
 
-def tuned_file(model: str, dataset: str) -> Path:
-    """Where the settings that tuning found for a model on a set stand; there may be none."""
-    return properties_dir() / "tuned" / f"{dataset}-{model}.yaml"
+def tuned_file(model: str, dataset: str, exclude_history: bool = False) -> Path:
+    """Where the settings that tuning finds for a model on a set are written.
+
+    Args:
+        model: model name.
+        dataset: dataset name.
+        exclude_history: for which of the two evaluations they are found.
+    """
+    which = "history_excluded-" if exclude_history else ""
+    return properties_dir() / "tuned" / f"{dataset}-{which}{model}.yaml"
 
 
-def tuned_settings(model: str, dataset: str) -> dict[str, Any]:
-    """The content of :func:`tuned_file`, empty where there is none."""
-    file = tuned_file(model, dataset)
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def tuned_for(model: str, dataset: str, exclude_history: bool = False) -> Path | None:
+    """The :func:`tuned_file` that is read: where there is none for the excluded history, that of all items."""
+    files = (tuned_file(model, dataset, excluded) for excluded in dict.fromkeys((exclude_history, False)))
+    return next((file for file in files if file.is_file()), None)
+
+
+def tuned_settings(model: str, dataset: str, exclude_history: bool = False) -> dict[str, Any]:
+    """The content of :func:`tuned_for`, empty where there is none."""
+    file = tuned_for(model, dataset, exclude_history)
+    return {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 class Config(recbole.config.Config):
@@ -215,8 +228,9 @@ class Config(recbole.config.Config):
             if self.internal_config_dict["eval_args"]["order"] != "TO":  # of GRU4RecKG and KSR, which RecBole forgot
                 self.internal_config_dict["eval_args"] = copy.deepcopy(SEQUENTIAL_EVALUATION)
             files += [root / "dataset" / f"{dataset}.yaml"]
-            if self._wants_tuned():
-                files.append(tuned_file(model, dataset))
+            asked = self.external_config_dict
+            if self._wants_tuned() and (tuned := tuned_for(model, dataset, asked.get("exclude_history") is True)):
+                files.append(tuned)
         load_col = self.internal_config_dict["load_col"]
         self.property_files = [file for file in files if file.is_file()]
         for file in self.property_files:

@@ -17,14 +17,14 @@ from scipy.stats import ttest_rel
 
 import benchmarks
 from benchmarks import __main__, plots
-from benchmarks.accuracy import runs, study
+from benchmarks.accuracy import report, runs, study, tuning
 from benchmarks.accuracy.claims import Claim
 from benchmarks.accuracy.parts import NEW, RAREST, TAIL, by_popularity
-from benchmarks.accuracy.report import same_seeds
+from benchmarks.accuracy.results import Results, same_seeds
 from benchmarks.accuracy.runs import Spec, Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
-from benchmarks.accuracy.worker import FULL
+from benchmarks.accuracy.worker import FULL, UNSEEN
 from benchmarks.experiments import plan as experiments_plan
 from benchmarks.experiments import report as experiments_report
 from benchmarks.experiments import sets
@@ -32,6 +32,7 @@ from benchmarks.pages import Page
 from recbole_ssm import UserError
 from recbole_ssm.analysis import Ranks
 from recbole_ssm.quick_start import train_and_test
+from recbole_ssm.search.space import space_of
 
 from .conftest import SMALL, random_rows, write_dataset
 
@@ -40,15 +41,13 @@ PLAN = {
     "datasets": ["tiny"],
     "seeds": [1, 2],
     "common": {"train_mode": "sequence", "hidden_size": 16, "valid_metric": "NDCG@10"},
-    "train_batch_size": {"tiny": 64},
     "own": {"STARRec": {key: SMALL[key] for key in ("d_state", "n_heads", "n_experts")}, "SASRec": {"inner_size": 16}},
-    "stages": {"tiny": [{"learning_rate": [0.0001, 0.03]}, {"dropout": [0.2], "alternative": [False, True]}]},
-    "alternative": {"STARRec": {"pma_residual": False}, "SASRec": {"n_layers": 1}},
+    "search": {"algorithm": "random", "scheduler": "none", "num_samples": 2, "seed": 0},
+    "space": {"learning_rate": [0.0001, 0.03], "train_batch_size": [64], "dropout": [0.2]},
+    "own_space": {"STARRec": {"pma_residual": [False]}, "SASRec": {"n_layers": [1]}},
     "dropout": {"SASRec": ["hidden_dropout_prob", "attn_dropout_prob"], "default": ["dropout_prob"]},
     "smaller": [],
     "notes": {},
-    "trial_seed": 0,
-    "trial_epochs": {"tiny": 1},
     "epochs": {"tiny": 2},
 }
 
@@ -190,48 +189,54 @@ def test_a_broken_result_file_is_told():
 @pytest.mark.slow
 def test_tuning_then_study_then_experiments(tiny, monkeypatch):
     tuned = tiny / "tuned"
-    with pytest.raises(SystemExit, match=r"nothing was tuned yet for STARRec on tiny, SASRec on tiny: .* --tune"):
+    with pytest.raises(SystemExit, match=r"for STARRec on tiny, SASRec on tiny \(all items\): .* --tune"):
         run(monkeypatch, "accuracy")
 
-    def found_settings(model, dataset):
-        file = tuned / f"{dataset}-{model}.yaml"
+    def file_of(model, dataset, exclude_history=False):
+        return tuned / f"{dataset}-{'history_excluded-' * exclude_history}{model}.yaml"
+
+    def found_settings(*which):
+        file = file_of(*which)
         return yaml.safe_load(file.read_text()) if file.exists() else {}
 
-    monkeypatch.setattr(study, "tuned_file", lambda model, dataset: tuned / f"{dataset}-{model}.yaml")
+    monkeypatch.setattr(study, "tuned_file", file_of)
     monkeypatch.setattr(runs, "tuned_settings", found_settings)
     page, html = run(monkeypatch, "accuracy", "--tune", "--jobs", "2")
 
-    trials = [json.loads(line) for line in Path("results/tuning.jsonl").read_text().splitlines()]
-    assert len(trials) == 2 * 3
-    assert all(trial["test"] == {} and trial["recbole_test_result"] is None for trial in trials)
-    for model in PLAN["models"]:
-        own = [trial for trial in trials if trial["model"] == model]
-        best = max(own, key=lambda trial: trial["best_valid_score"])
-        settings = found_settings(model, "tiny")
-        for key in ("learning_rate", "hidden_dropout_prob", "attn_dropout_prob", "dropout_prob"):
-            assert settings.get(key) == best["settings"].get(key)
-        assert [PLAN["alternative"][model].items() <= trial["settings"].items() for trial in own] == [
-            False,
-            False,
-            True,
-        ]
-        for key in PLAN["alternative"][model]:
-            assert settings.get(key) == best["settings"].get(key)
-        assert settings["epochs"] == 2
-        assert "learning_rate: 0.0" in (text := (tuned / f"tiny-{model}.yaml").read_text())
-        assert "# (float) Learning rate." in text
+    for model, excluded in product(PLAN["models"], (False, True)):
+        file = file_of(model, "tiny", excluded)
+        found = json.loads((Path("results/tuning") / f"{file.stem}.json").read_text())
+        assert len(found["trials"]) == 2
+        settings, best = found_settings(model, "tiny", excluded), max(t["best_valid_score"] for t in found["trials"])
+        assert found["trials"][0]["best_valid_score"] == best
+        assert settings.items() >= {key: found["trials"][0][key] for key in found["space"]}.items()
+        assert settings.get("exclude_history", False) is excluded
+        for key in ("hidden_dropout_prob", "attn_dropout_prob") if model == "SASRec" else ("dropout_prob",):
+            assert settings[key] == 0.2
+        assert "# (float) Learning rate." in file.read_text()
+    monkeypatch.setattr(tuning, "tune", lambda *_: pytest.fail("what was kept is searched again"))
+    run(monkeypatch, "accuracy", "--tune", "--jobs", "2")
 
     rows = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
-    assert all(row["settings"] == {} for row in rows)
-    assert all(row["config"]["learning_rate"] == found_settings(row["model"], "tiny")["learning_rate"] for row in rows)
-    assert {(row["model"], row["seed"]) for row in rows} == {(m, s) for m in PLAN["models"] for s in (1, 2)}
-    mean = np.mean([row["test"]["all items"]["ndcg@10"] for row in rows if row["model"] == "STARRec"])
+    for row in rows:
+        excluded = row["settings"].get("exclude_history", False)
+        assert row["settings"] == ({"exclude_history": True} if excluded else {})
+        assert row["config"]["learning_rate"] == found_settings(row["model"], "tiny", excluded)["learning_rate"]
+        assert [epoch for epoch, _ in row["curve"]] == [0, 1]
+        assert max(score for _, score in row["curve"]) == row["best_valid_score"]
+    grid = product(PLAN["models"], (1, 2), (False, True))
+    assert {(row["model"], row["seed"], bool(row["settings"])) for row in rows} == set(grid)
+    for protocol, excluded in (("all items", False), ("history excluded", True)):
+        own = [row for row in rows if row["model"] == "STARRec" and bool(row["settings"]) is excluded]
+        mean = np.mean([row["test"][protocol]["ndcg@10"] for row in own])
+        assert all(f"{mean:.4f}"[1:] in text for text in (page, html))
+    assert "*," not in page  # each model was chosen by the candidates of its table
+    assert "validation by steps of training" in page
     for text in (page, html):
-        assert f"{mean:.4f}"[1:] in text
         for row in rows:
             assert row["command"] in text.replace("&quot;", '"')
     assert "**" in page
-    assert "<b>" in html
+    assert "<strong>" in html
     assert "<svg" in html
     assert not re.search(r"(src|href)=.?https?:", html.replace('xlink:href="#', ""))  # it opens without a network
 
@@ -311,35 +316,6 @@ def test_critical_difference_diagram(tmp_path):
     assert "<svg" in (tmp_path / "cd.svg").read_text()
 
 
-def test_tuning_goes_by_stages_and_tries_all_combinations_of_one():
-    plan = {
-        **PLAN,
-        "stages": {"tiny": [{"learning_rate": [0.1, 0.2]}, {"dropout": [0.3, 0.4], "alternative": [False, True]}]},
-    }
-    made = []
-
-    def score(settings):
-        # The alternative pays with the second dropout alone, so no value at a time would find it.
-        pair = (settings["dropout_prob"], settings.get("pma_residual", True))
-        return settings["learning_rate"] + {(0.3, True): 0.02, (0.4, False): 0.03}.get(pair, 0.01)
-
-    def run(specs):
-        made.extend(specs)
-        return [{"id": spec.identity(), "best_valid_score": score(spec.settings)} for spec in specs]
-
-    found, trials = Study(plan).tune("STARRec", "tiny", run)
-
-    assert found == {"learning_rate": 0.2, "dropout_prob": 0.4, "pma_residual": False}
-    assert len(trials) == 5  # the start of the second stage was made in the first
-    tried = [
-        tuple(spec.settings.get(key) for key in ("learning_rate", "dropout_prob", "pma_residual")) for spec in made
-    ]
-    assert tried == [
-        (0.1, 0.3, None), (0.2, 0.3, None),
-        (0.2, 0.3, None), (0.2, 0.3, False), (0.2, 0.4, None), (0.2, 0.4, False),
-    ]  # fmt: skip
-
-
 def test_the_study_as_shipped_is_the_same_for_all_models():
     shipped = Study.read(study.FILE)
     assert shipped.grid(["SSD4Rec-released", "SASRec"], ["ml-100k-float32"], [1]) == [
@@ -347,14 +323,32 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
         Spec("SASRec", "ml-100k", 1, {"time_order": "float32"}),
     ]
     for dataset in (name for name in shipped.plan["datasets"] if name not in shipped.also):
-        assert {
-            shipped.plan[part].get(dataset) is not None
-            for part in ("stages", "train_batch_size", "trial_epochs", "epochs")
-        } == {True}
         assert shipped.plan["notes"][dataset]
-        for model in shipped.plan["models"]:
-            given = {"tuned": False, **shipped.base(model, dataset), **shipped.plan["alternative"][model]}
-            Spec(model, dataset, 0, given).config()
+        for model, protocol in product(shipped.plan["models"], study.CHOSEN_BY):
+            Spec(model, dataset, 0, {"tuned": False, **shipped.base(model, dataset, protocol)}).config()
+    for model in shipped.plan["models"]:
+        space = space_of(shipped.space(model))
+        for end in (0, -1):
+            chosen = {key: p.low if p.grid() is None else p.grid()[end] for key, p in space.items()}
+            Spec(model, "ml-1m", 0, {"tuned": False, **shipped.base(model, "ml-1m", FULL), **chosen}).config()
+
+
+def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(tmp_path):
+    plan = Study({"models": ["SASRec"], "datasets": ["tiny"], "smaller": []})
+    store = Store(tmp_path / "runs.jsonl")
+    (own,) = plan.grid(["SASRec"], ["tiny"], [1])
+    store.add({"id": own.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {}}, None)
+    found = Results(store, plan)
+    assert found.rows["tiny"][UNSEEN] == found.rows["tiny"][FULL]
+    assert report._title("SASRec", found.rows["tiny"][UNSEEN]["SASRec"], UNSEEN).startswith("SASRec*")
+    assert not report._title("SASRec", found.rows["tiny"][FULL]["SASRec"], FULL).startswith("SASRec*")
+    (other,) = plan.grid(["SASRec"], ["tiny"], [1], UNSEEN)
+    row = {"id": other.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {"exclude_history": True}}
+    store.add(row, None)
+    again = Results(store, plan)
+    assert again.rows["tiny"][UNSEEN]["SASRec"] == [row]
+    assert again.rows["tiny"][FULL] == found.rows["tiny"][FULL]
+    assert len(again.all_rows()) == 2
 
 
 def test_claims_are_held_against_the_numbers():
@@ -370,7 +364,8 @@ def test_claims_are_held_against_the_numbers():
 def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
     monkeypatch.setattr(Study, "grid", lambda *_: [spec(epochs=1)])
     monkeypatch.setattr(Study, "untuned", lambda *_: [])
-    page, _ = run(monkeypatch, "accuracy", "--models", "Mamba4Rec", "--jobs", "2", "--sampled")
+    words = ("--models", "Mamba4Rec", "--protocols", FULL, "--jobs", "2", "--sampled")
+    page, _ = run(monkeypatch, "accuracy", *words)
     (row,) = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
     assert set(row["sampled"]) == {"uni100", "pop100"}
     assert row["sampled"]["uni100"]["ndcg@10"] > row["test"][FULL]["ndcg@10"]

@@ -101,6 +101,18 @@ def test_tuned_settings_stand_above_the_datasets(tuned):
     assert tuned not in Config("Mamba4Rec", "ml-100k").property_files
 
 
+def test_what_was_tuned_for_the_excluded_history_is_read_for_that_alone(tuned):
+    excluding = {"exclude_history": "True"}
+    assert Config("Mamba4Rec", "ml-1m", config_dict=excluding).property_files[-1] == tuned
+    other = tuned.with_name("ml-1m-history_excluded-Mamba4Rec.yaml")
+    other.write_text("dropout_prob: 0.44\nexclude_history: True\n")
+    assert Config("Mamba4Rec", "ml-1m", config_dict=excluding)["dropout_prob"] == 0.44
+    assert Config("Mamba4Rec", "ml-1m", config_dict=excluding).property_files[-1] == other
+    for asked in ({}, {"exclude_history": False}):
+        config = Config("Mamba4Rec", "ml-1m", config_dict=asked)
+        assert (config["dropout_prob"], config["exclude_history"]) == (0.33, False)
+
+
 def test_a_runs_settings_outlive_what_is_tuned_later(tuned):
     given = Config("Mamba4Rec", "ml-1m").given
     del given["label_smoothing"]  # as of a checkpoint from before this setting was there

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
-from benchmarks.accuracy.study import Study, write_tuned
-from benchmarks.accuracy.worker import checkpoint_in
+from benchmarks.accuracy.study import CHOSEN_BY, Study
+from benchmarks.accuracy.worker import FULL, checkpoint_in
 from benchmarks.speed.contenders import QUIET, hush
 from recbole_ssm.quick_start import evaluate
 
@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", default=plan["models"], help="of the study, or RecBole's that train on whole histories"
     )
     parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
+    parser.add_argument(
+        "--protocols", nargs="+", choices=list(CHOSEN_BY), default=list(CHOSEN_BY), help="what runs are chosen for"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=plan["seeds"], help="a run each; none to tune alone")
     parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
     parser.add_argument("--sampled", action="store_true", help="evaluate among sampled candidates, too; takes long")
@@ -49,8 +52,14 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.report:
         if arguments.tune:
             _tune(arguments, study)
-        refuse_untuned(study, arguments.models, arguments.datasets if arguments.seeds else [])
-        specs = study.grid(arguments.models, arguments.datasets, arguments.seeds)
+        for protocol in arguments.protocols if arguments.seeds else []:
+            refuse_untuned(study, arguments.models, arguments.datasets, protocol)
+        specs = [
+            spec
+            for dataset in arguments.datasets
+            for protocol in arguments.protocols
+            for spec in study.grid(arguments.models, [dataset], arguments.seeds, protocol)
+        ]
         store = Store(arguments.results / "runs.jsonl")
         run_specs(arguments, specs, store)
         if arguments.sampled:
@@ -69,12 +78,14 @@ def begin() -> None:
     hush()
 
 
-def refuse_untuned(study: Study, models: Iterable[str], datasets: Iterable[str]) -> None:
+def refuse_untuned(study: Study, models: Iterable[str], datasets: Iterable[str], protocol: str = FULL) -> None:
     """Stop before the first run where one has no tuned settings."""
-    missing = study.untuned(models, datasets)
+    missing = study.untuned(models, datasets, protocol)
     if missing:
         words = "python -m benchmarks accuracy --tune"
-        raise SystemExit(f"nothing was tuned yet for {', '.join(missing)}: {words} does it; or name other --models")
+        raise SystemExit(
+            f"nothing was tuned yet for {', '.join(missing)} ({protocol}): {words} does it; or name other --models"
+        )
 
 
 def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, rank: bool = True) -> None:
@@ -99,18 +110,13 @@ def _sample(arguments: argparse.Namespace, specs: list[Spec], store: Store) -> N
 
 
 def _tune(arguments: argparse.Namespace, study: Study) -> None:
-    store = Store(arguments.results / "tuning.jsonl")
+    from benchmarks.accuracy import tuning
 
-    def run(specs: list[Spec]) -> list[dict]:
-        run_specs(arguments, specs, store, rank=False)
-        rows = store.of(specs)
-        if len(rows) < len(specs):
-            raise SystemExit("tuning needs all of its trials: see the logs above, then start the same command again")
-        return rows
-
-    for dataset in (name for name in arguments.datasets if name in study.plan["stages"]):
-        for model in (name for name in arguments.models if name not in study.also):
-            settings, trials = study.tune(model, dataset, run)
-            file = study.tuned_file(model, dataset)
-            write_tuned(file, {**study.base(model, dataset), **settings}, trials)
-            print(f"{model} on {dataset}: {settings}, written to {file}", flush=True)
+    data_path, work = str(Path(arguments.data_path).resolve()), arguments.work.resolve() / "search"
+    datasets = (name for name in arguments.datasets if name in study.plan["epochs"])
+    models = [name for name in arguments.models if name not in study.also]
+    for which in ((m, d, p) for d in datasets for p in arguments.protocols for m in models):
+        if tuning.is_kept(study, *which, arguments.results):
+            continue
+        file = tuning.write(tuning.tune(study, *which, data_path, work, arguments.jobs), study, arguments.results)
+        print(f"{', '.join(which)}: written to {file}", flush=True)

@@ -54,7 +54,7 @@ class Spec:
         """The same run, with what was tuned for it among its settings."""
         if not self.settings.get("tuned", True):
             return self
-        tuned = tuned_settings(self.model, self.dataset)
+        tuned = tuned_settings(self.model, self.dataset, self.settings.get("exclude_history", False))
         return replace(self, settings={**tuned, **self.settings, "tuned": False})
 
     def identity(self) -> str:

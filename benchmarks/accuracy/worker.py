@@ -38,9 +38,11 @@ def main(folder: Path) -> None:
     full = Spec(spec.model, spec.dataset, spec.seed, task["settings"])
     config = full.config(task["data_path"], checkpoint_dir=str(folder))
     load_data(full.config(task["data_path"], **PROTOCOLS[UNSEEN]))  # what cannot be done is said before it trains
-    run = train_and_test(
-        config, resume_file=_to_resume(folder, config, about), callback_fn=_progress(spec, config), test=task["rank"]
-    )
+    curve = folder / "curve.jsonl"
+    resume_file = _to_resume(folder, config, about)
+    if resume_file is None:
+        curve.unlink(missing_ok=True)
+    run = train_and_test(config, resume_file=resume_file, callback_fn=_progress(spec, config, curve), test=task["rank"])
     found, model = _evaluations(run, task["rank"])
     row = {
         "id": task["id"],
@@ -53,6 +55,7 @@ def main(folder: Path) -> None:
         "test": {name: ranks.metrics(TOPK) for name, ranks in found["test"].items()},
         "recbole_test_result": run.result["test_result"],
         **_training(run),
+        "curve": _read_curve(curve),
         **model,
         "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
         "environment": about,
@@ -85,13 +88,15 @@ def _to_resume(folder: Path, config: Config, about: dict[str, Any]) -> str | Non
     return None
 
 
-def _progress(spec: Spec, config: Config):
+def _progress(spec: Spec, config: Config, curve: Path):
     begin = time.perf_counter()
     first: int | None = None
 
     def tell(epoch: int, valid_score: float) -> None:
         nonlocal first
         first = epoch if first is None else first
+        with curve.open("a") as file:
+            file.write(json.dumps([epoch, valid_score]) + "\n")
         spent = (time.perf_counter() - begin) / 60
         left = spent / (epoch - first + 1) * (config["epochs"] - epoch - 1)
         print(
@@ -103,6 +108,12 @@ def _progress(spec: Spec, config: Config):
     return tell
 
 
+def _read_curve(file: Path) -> list[tuple[int, float]]:
+    """Epochs and their validation scores; of an epoch that a killed run made twice the last one."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sorted(dict(map(json.loads, lines)).items())
+
+
 def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]], dict[str, Any]]:
     """Ranks under each protocol on both sets, and what is worth knowing of the model."""
     found: dict[str, dict[str, Ranks]] = {"valid": {}, "test": {}}
@@ -112,7 +123,10 @@ def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]]
         found["valid"][name] = rank_targets(trainer, valid_data)
         if rank_test:
             found["test"][name] = rank_targets(trainer, test_data)
-    about: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    about: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps_per_epoch": len(train_data),
+    }
     if rank_test:
         about["popularity"] = by_popularity(found["test"][FULL], train_data, test_data, TOPK)
     if rank_test and isinstance(model, STARRec):

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.accuracy.parts import LENGTHS, NEW, RAREST, TAIL
-from benchmarks.accuracy.report import BASELINES, K, Results, compared, gain_cell, same_seeds, score_cell
+from benchmarks.accuracy.results import BASELINES, K, Results, compared, gain_cell, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
@@ -81,19 +81,17 @@ def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | Non
 
 def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None:
     models = [model for model in experiment.models if any(model == own for own, _ in rows)]
-    heads = [dataset, *(f"{model}, {protocol}" for protocol in (FULL, UNSEEN) for model in models), "seeds"]
-    lines = []
-    for variant in experiment.variants:
-        cells = []
-        for protocol in (FULL, UNSEEN):
-            for model in models:
-                best = max(_ndcg(own, protocol)[0] for (name, _), own in rows.items() if name == model)
-                own = rows.get((model, variant))
-                cells.append(score_cell(*_ndcg(own, protocol), bold=_ndcg(own, protocol)[0] == best) if own else "")
-        counts = {len(rows[model, variant]) for model in models if (model, variant) in rows}
-        if counts:
-            lines.append([variant, *cells, " to ".join(map(str, sorted(counts)))])
-    page.table(heads, lines)
+    for protocol in (FULL, UNSEEN):
+        scores = {key: _ndcg(own, protocol) for key, own in rows.items()}
+        best = {model: max(score[0] for (own, _), score in scores.items() if own == model) for model in models}
+        lines = []
+        for variant in experiment.variants:
+            own = {model: scores.get((model, variant)) for model in models}
+            counts = sorted({len(rows[model, variant]) for model, score in own.items() if score})
+            cells = [score_cell(*score, bold=score[0] == best[model]) if score else "" for model, score in own.items()]
+            if counts:
+                lines.append([variant, *cells, " to ".join(map(str, counts))])
+        page.table([f"{dataset}, {protocol}", *models, "seeds"], lines)
 
 
 def _picture(page: Page, file: Path, name: str, experiment: Experiment, dataset: str, rows: Rows) -> None:
@@ -249,7 +247,7 @@ PARTS: dict[str, Callable[[Page, Path, Store, dict[str, Rows]], None]] = {
 
 def _parts_of_the_study(page: Page, file: Path, results: Results) -> None:
     """Experts and fusion weights of the study's own STAR-Rec, by set."""
-    groups = {dataset: models["STARRec"] for dataset, models in results.rows.items() if "STARRec" in models}
+    groups = {dataset: sets[FULL]["STARRec"] for dataset, sets in results.rows.items() if "STARRec" in sets[FULL]}
     if not groups:
         return
     page.heading("What the study's STAR-Rec makes of its parts, by set")
@@ -267,8 +265,8 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
         return
     page.heading("Who is served how well, by length of the history")
     page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds; lengths that {FEWEST} users or more have.")
-    for dataset, rows in results.rows.items():
-        models = same_seeds(rows)
+    for dataset, sets in results.rows.items():
+        models = same_seeds(sets[FULL])
         first = next(iter(models.values()))[0]
         buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
         buckets = {name: users for name, users in buckets.items() if len(users) >= FEWEST}

@@ -1,0 +1,96 @@
+"""The study's runs by set, candidates and model, and how tables write them."""
+
+from typing import Any
+
+from benchmarks.accuracy.runs import Store
+from benchmarks.accuracy.statistics import Comparison, compare, spread
+from benchmarks.accuracy.study import CHOSEN_BY, Study
+from benchmarks.accuracy.worker import FULL
+
+BASELINES = ("SASRec", "Mamba4Rec")
+K = 10
+
+Rows = list[dict[str, Any]]
+
+
+def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
+    """Of each list the rows of seeds that all lists have, so that means compare alike; all where none is shared."""
+    shared = set.intersection(*({row["seed"] for row in own} for own in rows.values())) if rows else set()
+    if not shared:
+        return rows
+    return {key: [row for row in own if row["seed"] in shared] for key, own in rows.items()}
+
+
+class Results:
+    """The rows of the study's grid, by set, candidates and model; seeds in their order.
+
+    Where a model was not run for some candidates, those runs stand there that were chosen among all items.
+
+    Args:
+        store: all runs.
+        study: what belongs to the grid.
+    """
+
+    def __init__(self, store: Store, study: Study):
+        self.store = store
+        datasets, models = (
+            # Sets that stand in `also` alone are an experiment's.
+            dict.fromkeys([*names, *(row[key] for row in store.rows.values() if row[key] not in study.also)])
+            for key, names in (("dataset", study.plan["datasets"]), ("model", study.model_names))
+        )
+        self.rows: dict[str, dict[str, dict[str, Rows]]] = {}
+        for dataset in datasets:
+            for protocol in CHOSEN_BY:
+                for model in models:
+                    found = (
+                        store.of(study.grid([model], [dataset], store.seeds(), chosen_by))
+                        for chosen_by in dict.fromkeys((protocol, FULL))
+                    )
+                    if rows := next(filter(None, found), None):
+                        self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = rows
+
+    def all_rows(self) -> Rows:
+        """Every row, once."""
+        rows = (
+            row for sets in self.rows.values() for models in sets.values() for own in models.values() for row in own
+        )
+        return list({row["id"]: row for row in rows}.values())
+
+
+def chosen_by(row: dict[str, Any]) -> str:
+    """The candidates among which a run's epoch and settings were chosen."""
+    excluded = row["config"].get("exclude_history", False)
+    return next(name for name, given in CHOSEN_BY.items() if given.get("exclude_history", False) == excluded)
+
+
+def tests_of(models: dict[str, Rows]) -> int:
+    """How many comparisons a set's two tables hold: of each pair with a baseline, under both evaluations."""
+    pairs = {frozenset((m, b)) for m in models for b in BASELINES if b in models and m != b}
+    return len(CHOSEN_BY) * len(pairs)
+
+
+def compared(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> Comparison:
+    """A model against another one, over the seeds of both."""
+    rows = same_seeds({name: models[name] for name in (model, other)})
+    own, others = (store.user_ndcg(rows[name], protocol, K) for name in (model, other))
+    return compare(own, others, tests)
+
+
+def column(models: dict[str, Rows], metric: str, protocol: str, k: int = K) -> dict[str, str]:
+    """Each model's mean and deviation, the best mean in bold."""
+    values = {m: spread([row["test"][protocol][f"{metric}@{k}"] for row in rows]) for m, rows in models.items()}
+    best = max(mean for mean, _ in values.values())
+    return {model: score_cell(*score, bold=score[0] == best) for model, score in values.items()}
+
+
+def score_cell(mean: float, deviation: float | None, bold: bool = False) -> str:
+    """A metric's mean and deviation, as a table shows them."""
+    number = f"{mean:.4f}"[1:] if 0 <= mean < 1 else f"{mean:.4f}"
+    number = f"**{number}**" if bold else number
+    return number if deviation is None else f"{number} ± {f'{deviation:.4f}'[1:]}"
+
+
+def gain_cell(found: Comparison) -> str:
+    """How far one model is above another, and by what chance it might not be."""
+    p = "< .001" if found.p < 0.001 else f"{found.p:.3f}"[1:] if found.p < 0.9995 else "1"
+    return f"{found.change:+.1%} (p {p})"
