@@ -70,10 +70,11 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
         "every position of a history at once; rows that differ say so. SASRec is RecBole's class. "
         f"{' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU can.",
-        "**End of a run**: where validation stops improving; a run whose best epoch is its last one, which says so, "
-        "was still improving.",
-        "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold. p: paired "
-        "t-test over users of NDCG@10 averaged over seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
+        "**Epoch**: the best one, mean over seeds. A run ends where validation stops improving; '15 of 15' was still "
+        "improving at its end.",
+        "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold.",
+        "**Over** another model: how far NDCG@10 is above its. p: paired t-test over users of NDCG@10 averaged over "
+        "seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
         "**Minutes**: of training and validation up to the best epoch, on a machine that did other work as well, so an "
         "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md).",
         f"**Hardware**: {_distinct(a['device'] for a in about)}. **Commits**: {_distinct(a['commit'] for a in about)}. "
@@ -117,8 +118,8 @@ def _table(page: Page, found: Results, dataset: str, protocol: str) -> None:
         row.append(_epochs_cell(runs))
         row.append(f"{np.mean([run['seconds_to_best'] for run in runs]) / 60:.0f}")
         rows.append(row)
-    heads = [f"{name}@{K}" for name in METRICS.values()] + [f"NDCG@{K} over {baseline}" for baseline in baselines]
-    page.table(["model", "seeds", *heads, "best epoch", "minutes"], rows)
+    heads = [f"{name}@{K}" for name in METRICS.values()] + [f"over {baseline}" for baseline in baselines]
+    page.table(["model", "seeds", *heads, "epoch", "minutes"], rows)
 
 
 def _epochs_cell(runs: Rows) -> str:

@@ -35,7 +35,7 @@ def write_summary(page: Page, found: Results) -> None:
     page.table(["set, candidates", *models, "best published"], lines)
     failing = [text for text, _, verdict in _verdicts(found) if verdict.startswith("**")]
     if failing:
-        page.text(f"What does not hold (measured [below](#do-the-claims-hold)): {'; '.join(failing)}.")
+        page.text(f"What fails, or may be chance ([measured below](#do-the-claims-hold)): {'; '.join(failing)}.")
 
 
 def _published_cell(dataset: str, protocol: str) -> str:

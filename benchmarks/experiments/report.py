@@ -80,7 +80,7 @@ def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | Non
 
 
 def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None:
-    models = [model for model in experiment.models if any(model == own for own, _ in rows)]
+    models = [model for model in (*experiment.models, *experiment.beside) if any(model == own for own, _ in rows)]
     for protocol in (FULL, UNSEEN):
         scores = {key: _ndcg(own, protocol) for key, own in rows.items()}
         best = {model: max(score[0] for (own, _), score in scores.items() if own == model) for model in models}

@@ -6,6 +6,7 @@ from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.mamba3 import Mamba3
 from recbole_ssm.layers.mixture_of_experts import MixtureOfExperts
+from recbole_ssm.layers.moving_average import MovingAverage
 from recbole_ssm.layers.preference_attention import PreferenceAwareAttention
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Mamba3",
     "MambaLayer",
     "MixtureOfExperts",
+    "MovingAverage",
     "PreferenceAwareAttention",
 ]

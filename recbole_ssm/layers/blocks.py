@@ -2,12 +2,14 @@
 
 from typing import Any, Literal
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.mamba3 import Mamba3
+from recbole_ssm.layers.moving_average import MovingAverage
 from recbole_ssm.ops.packing import select_rows
 from recbole_ssm.settings import ModelSettings, divides, setting
 
@@ -24,6 +26,12 @@ class BlockSettings(ModelSettings):
     headdim: int = setting(
         32, "Width of a head of mamba2 and mamba3; must divide expand * hidden_size.", "The papers': 64.",
         ge=1, le=2**16, fixed=True,
+    )  # fmt: skip
+    filter_share: float = setting(
+        0.0,
+        "Share that a low-pass filter beside the state-space block has in their layer's output: a moving average with "
+        "learned decays; none when 0, as in the papers. BSARec's alpha, there 0.7.",
+        ge=0, lt=1, fixed=True,
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -56,6 +64,8 @@ def ssm_block(
 class MambaLayer(nn.Module):
     """State-space block, dropout, LayerNorm; a residual connection only where stacked (arXiv 2403.03900, 3.3).
 
+    With a ``filter_share`` ``s`` the output is ``1 - s`` parts of this and ``s`` parts of :class:`MovingAverage`.
+
     Args:
         hidden_size: width ``d``.
         d_state: see :class:`Mamba`.
@@ -66,6 +76,7 @@ class MambaLayer(nn.Module):
         backend: see :class:`Mamba`.
         block: see :func:`ssm_block`.
         headdim: see :class:`Mamba2`.
+        filter_share: from 0, without a filter, to 1, exclusively.
     """
 
     def __init__(
@@ -79,25 +90,36 @@ class MambaLayer(nn.Module):
         backend: str = "auto",
         block: str = "mamba",
         headdim: int = 32,
+        filter_share: float = 0.0,
     ):
         super().__init__()
         self.mamba = ssm_block(block, hidden_size, d_state, d_conv, expand, headdim, backend)
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-        self.stacked = stacked
+        self.stacked, self.filter_share = stacked, filter_share
+        self.filter = MovingAverage(hidden_size, dropout_prob, backend) if filter_share else None
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`Mamba.forward`."""
         hidden = self.dropout(self.mamba(x, cu_seqlens, read, last))
         if self.stacked:
             hidden = hidden + select_rows(x, read)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return hidden if self.filter is None else self._mixed(hidden, self.filter(x, cu_seqlens, read, last))
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
-        """See :meth:`Mamba.initial_state`."""
-        return self.mamba.initial_state(count)
+        """See :meth:`Mamba.initial_state`; with a filter that of :class:`MovingAverage`, too."""
+        state = self.mamba.initial_state(count)
+        return state if self.filter is None else {**state, **self.filter.initial_state(count)}
 
     def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Mamba.carry`."""
-        hidden, state = self.mamba.carry(x, cu_seqlens, state)
-        return self.norm(hidden + x if self.stacked else hidden), state
+        hidden, after = self.mamba.carry(x, cu_seqlens, state)
+        hidden = self.norm(hidden + x if self.stacked else hidden)
+        if self.filter is None:
+            return hidden, after
+        filtered, low = self.filter.carry(x, cu_seqlens, state)
+        return self._mixed(hidden, filtered), {**after, **low}
+
+    def _mixed(self, hidden: Tensor, filtered: Tensor) -> Tensor:
+        return torch.lerp(hidden, filtered.to(hidden.dtype), self.filter_share)

@@ -43,7 +43,7 @@ class Mamba4Rec(CarryingRecommender):
         self.mamba_layers = nn.ModuleList(
             MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, n_layers > 1,
-                config["ssm_backend"], config["ssm_block"], config["headdim"],
+                config["ssm_backend"], config["ssm_block"], config["headdim"], config["filter_share"],
             )
             for _ in range(n_layers)
         )  # fmt: skip

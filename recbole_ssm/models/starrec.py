@@ -39,7 +39,7 @@ class DualPathLayer(nn.Module):
         if self.use_ssm:
             self.ssm = MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
-                config["ssm_backend"], config["ssm_block"], config["headdim"],
+                config["ssm_backend"], config["ssm_block"], config["headdim"], config["filter_share"],
             )  # fmt: skip
         self.fusion_gate = None
         if self.use_pma and self.use_ssm and config["input_dependent_fusion"]:

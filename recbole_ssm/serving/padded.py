@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
-from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.layers import Mamba, Mamba2, Mamba3, MixtureOfExperts, MovingAverage, PreferenceAwareAttention
 from recbole_ssm.models.bsarec import BSARec
 from recbole_ssm.models.esasrec import CausalAttention
 from recbole_ssm.models.recblr import GatedRecurrence
@@ -190,6 +190,31 @@ class PaddedRecurrence(_Padded, GatedRecurrence):
         return h * F.silu(z), {"conv": seen[..., u.shape[1] :], "h": after}
 
 
+class PaddedMovingAverage(MovingAverage):
+    """See :class:`~recbole_ssm.layers.MovingAverage`."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See there."""
+        rows = _batch(x, cu_seqlens)
+        low, _ = self._run(rows, self.initial_state(rows.shape[0]), each_row)
+        return self.filtered(select_rows(x, read), select_rows(low.flatten(0, 1), read))
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """See there; of one row of each sequence."""
+        low, state = self._run(x[:, None], state, one_row)
+        return self.filtered(x, low[:, 0]), state
+
+    def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
+        kept = torch.exp(-self.decay())
+
+        def advance(state, row):
+            state = kept[:, None] * state + ((1 - kept) * row[0])[..., None]
+            return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
+
+        after, low = recur(advance, state["low"], (x,))
+        return low, {"low": after}
+
+
 class PaddedBiSSDLayer(BiSSDLayer):
     """See :class:`~recbole_ssm.models.ssd4rec.BiSSDLayer`."""
 
@@ -346,6 +371,7 @@ PADDED: dict[type, type] = {
     Mamba: PaddedMamba,
     Mamba2: PaddedMamba2,
     Mamba3: PaddedMamba3,
+    MovingAverage: PaddedMovingAverage,
     GatedRecurrence: PaddedRecurrence,
     TimeAwareSSM: PaddedTimeAwareSSM,
     TimeScale: PaddedTimeScale,

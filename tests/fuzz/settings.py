@@ -58,7 +58,7 @@ SHARED = ["lr_scheduler_type", "warmup_ratio", "train_mode", "time_order", "cuda
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]
-_BLOCKS = [*_MAMBA, "ssm_block", "headdim"]
+_BLOCKS = [*_MAMBA, "ssm_block", "headdim", "filter_share"]
 OWN: dict[str, list[str]] = {
     "STARRec": [
         *_BLOCKS, "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",

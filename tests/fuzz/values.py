@@ -257,6 +257,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "d_state": (whole(1, 2**17), [1, 2, 16, 0, -1, 2.5, 4096]), "d_conv": (whole(1, 8), [1, 4, 8, 9, 0, 100]),
     "expand": (whole(1, 1000), [1, 2, 3, 0, 0.5, 64]), "headdim": (whole(1, 2**17), [1, 8, 16, 3, 0]),
     "ssm_block": (one_of("mamba", "mamba2", "mamba3"), ["mamba", "mamba2", "mamba3", "mamba4", 2]),
+    "filter_share": (_SHARE[0], [0, 0.7, 0.3, 1, -0.1, "much"]),
     "alpha": (number(0, 1), [0, 0.5, 1, 2, -1]), "c": (whole(0, 2**16), [0, 1, 5, 1000, -1, 2.5]),
     "sampling_correction": _SWITCH,
     "norm_embedding": _SWITCH, "var_len": _SWITCH, "bidirectional": _SWITCH, "beta": (number(0, 1e6), [0, 0.1, 1, -1]),

@@ -1,0 +1,82 @@
+"""A low-pass filter of a history, for a layer to have beside what it learns to read."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
+from recbole_ssm.ops import selective_scan, selective_scan_last
+from recbole_ssm.ops.packing import select_rows, single_rows
+
+# Of what a moving average holds, the part that one more item takes the place of: about 1 in 20, and 1 in 3.
+FIRST_DECAYS = 0.05, 0.4
+
+
+class MovingAverage(nn.Module):
+    """``LayerNorm(x + dropout(low + beta^2 (x - low)))`` with ``low_t = a low_{t-1} + (1 - a) x_t``.
+
+    BSARec's frequency layer (arXiv 2312.10325, section 4.2), where ``low`` is what a Fourier filter leaves of a padded
+    row. Here it is the moving average of Mega (arXiv 2209.10655, section 3.1), with a decay ``a`` that each feature
+    learns: it sees no later row, and its state is one row.
+
+    Args:
+        hidden_size: width ``d``.
+        dropout_prob: dropout rate.
+        backend: see :func:`recbole_ssm.ops.selective_scan`.
+    """
+
+    def __init__(self, hidden_size: int, dropout_prob: float, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        # -log a is its softplus.
+        first, last = inverse_softplus(torch.tensor(FIRST_DECAYS)).tolist()
+        self.Lambda = nn.Parameter(torch.linspace(first, last, hidden_size))
+        keep_from_weight_decay(self.Lambda)
+        self.beta = nn.Parameter(torch.randn(hidden_size))
+        self.dropout = nn.Dropout(dropout_prob)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
+        """See :meth:`recbole_ssm.layers.Mamba.forward`."""
+        settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
+        entering, decay, A, one = self._scanned(x)
+        if last:
+            low = selective_scan_last(entering, decay, A, one, one.new_ones(len(cu_seqlens) - 1, 1), **settings)
+        else:
+            low = select_rows(selective_scan(entering, decay, A, one, one, **settings), read)
+        return self.filtered(select_rows(x, read), low)
+
+    def initial_state(self, count: int) -> dict[str, Tensor]:
+        """What :meth:`carry` starts ``count`` sequences with: ``low [count, d, 1]``, all zeros."""
+        return {"low": self.Lambda.new_zeros(count, len(self.Lambda), 1)}
+
+    def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`recbole_ssm.layers.Mamba.carry`."""
+        cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
+        entering, decay, A, one = self._scanned(x)
+        low, after = selective_scan(
+            entering, decay, A, one, one,
+            cu_seqlens=cu_seqlens, initial_state=state["low"], return_final_state=True, backend=self.backend,
+        )  # fmt: skip
+        return self.filtered(x, low), {"low": after}
+
+    def decay(self) -> Tensor:
+        """``-log a`` of each feature, ``[d]``."""
+        return nn.functional.softplus(self.Lambda)
+
+    def filtered(self, x: Tensor, low: Tensor) -> Tensor:
+        """The layer's output for rows ``x [..., d]`` and their moving averages."""
+        low = low.to(x.dtype)
+        return self.norm(x + self.dropout(torch.lerp(low, x, self.beta.square().to(x.dtype))))
+
+    def _scanned(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The average as a selective scan of one state a channel, whose step ``-log a`` multiplies what enters."""
+        decay = self.decay()
+        one = decay.new_ones(len(x), 1)
+        return (
+            x * (-torch.expm1(-decay) / decay),
+            decay.expand(len(x), -1).contiguous(),
+            -torch.ones_like(decay)[:, None],
+            one,
+        )
