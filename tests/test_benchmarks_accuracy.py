@@ -333,6 +333,19 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
             Spec(model, "ml-1m", 0, {"tuned": False, **shipped.base(model, "ml-1m", FULL), **chosen}).config()
 
 
+def test_a_search_of_another_commit_is_put_aside(tmp_path, capsys):
+    folder, about = tmp_path / "work" / "tiny-SASRec", {"commit": "a", "versions": {}}
+    assert not tuning._goes_on(folder, about)
+    folder.mkdir()
+    (folder / "search.json").write_text("{}")
+    assert tuning._goes_on(folder, about)
+    assert not tuning._goes_on(folder, {**about, "commit": "b"})
+    assert "begun by another commit" in capsys.readouterr().out
+    assert not folder.exists()
+    assert [file.read_text() for file in tmp_path.glob("work/*/search.json")] == ["{}"]
+    assert json.loads(folder.with_suffix(".json").read_text())["commit"] == "b"
+
+
 def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(tmp_path):
     plan = Study({"models": ["SASRec"], "datasets": ["tiny"], "smaller": []})
     store = Store(tmp_path / "runs.jsonl")

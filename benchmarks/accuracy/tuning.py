@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.runs import SHIPPED
 from benchmarks.accuracy.study import Study, write_tuned
 from benchmarks.environment import environment
 from benchmarks.speed.contenders import QUIET
@@ -35,13 +36,12 @@ def tune(study: Study, model: str, dataset: str, protocol: str, data_path: str, 
     from recbole_ssm.search.report import trials
 
     name = study.tuned_file(model, dataset, protocol).stem
-    folder = work / name
+    folder, about = work / name, environment()
     settings = study.base(model, dataset, protocol)
-    about = environment()
-    if (folder / SEARCH_FILE).exists():
+    if _goes_on(folder, about):
         results = resume(folder)
     else:
-        places = {} if dataset == "ml-100k" else {"data_path": data_path}
+        places = {} if dataset == SHIPPED else {"data_path": data_path}
         results = search_settings(
             model,
             dataset,
@@ -65,6 +65,20 @@ def tune(study: Study, model: str, dataset: str, protocol: str, data_path: str, 
         "space": search.space,
         "trials": [row for row in rows if row[METRIC] == row[METRIC]],  # a failed one has no score
     }
+
+
+def _goes_on(folder: Path, about: dict[str, Any]) -> bool:
+    """Whether a search was begun in a folder by the same code; one of another commit is put aside."""
+    begun = folder.with_suffix(".json")
+    same = {key: about[key] for key in ("commit", "versions")}
+    if (folder / SEARCH_FILE).exists():
+        if begun.exists() and json.loads(begun.read_text()) == same:
+            return True
+        print(f"{folder.name}: begun by another commit or version; it starts anew", flush=True)
+        folder.rename(folder.with_name(f"{folder.name}-{folder.stat().st_mtime_ns}"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(same))
+    return False
 
 
 def is_kept(study: Study, model: str, dataset: str, protocol: str, results: Path) -> bool:
