@@ -15,8 +15,9 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "recbole", "mamba-ssm", "causal
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit, for a result file."""
-    # What a run itself writes does not make the code that it measured another.
-    changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    # What runs and searches themselves write does not make the code that they measured another.
+    written = ("benchmarks/results", "benchmarks/accuracy/tuned", "properties/tuned", "docs")
+    changed = _git("status", "--porcelain", "--", ":/", *(f":!/{place}" for place in written))
     commit = _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
     return {
         "device": device_name(),

@@ -24,7 +24,8 @@ from benchmarks.accuracy.results import Results, same_seeds
 from benchmarks.accuracy.runs import Spec, Store
 from benchmarks.accuracy.statistics import Comparison, compare, critical_difference, mean_ranks
 from benchmarks.accuracy.study import Study
-from benchmarks.accuracy.worker import FULL, UNSEEN
+from benchmarks.accuracy.summary import write_summary
+from benchmarks.accuracy.worker import FULL, PROTOCOLS, UNSEEN
 from benchmarks.experiments import plan as experiments_plan
 from benchmarks.experiments import report as experiments_report
 from benchmarks.experiments import sets
@@ -32,6 +33,7 @@ from benchmarks.pages import Page
 from recbole_ssm import UserError
 from recbole_ssm.analysis import Ranks
 from recbole_ssm.quick_start import train_and_test
+from recbole_ssm.search.definition import METRIC
 from recbole_ssm.search.space import space_of
 
 from .conftest import SMALL, random_rows, write_dataset
@@ -79,7 +81,7 @@ def spec(model="Mamba4Rec", seed=1, **settings):
 
 def test_a_run_is_that_of_run_recbole(tiny, capfd):
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([spec()], store, Path("work").resolve(), str(Path("dataset").resolve()), jobs=2, rank=True)
+    runs.run_all([spec()], store, Path("work").resolve(), str(Path("dataset").resolve()), jobs=2)
     (row,) = store.rows.values()
     again = train_and_test(spec().config("dataset"))
     assert row["recbole_test_result"] == again.result["test_result"]
@@ -92,9 +94,7 @@ def test_a_run_is_that_of_run_recbole(tiny, capfd):
     assert ranks.metrics([5, 50]).items() <= row["test"]["all items"].items()
     assert 0 < row["popularity"]["the 10% rarest items"]["number"] < len(ranks.users)
     assert "epoch 2 of 2" in capfd.readouterr().out
-    runs.run_all(
-        [spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=2, rank=True
-    )
+    runs.run_all([spec()], Store(store.file), Path("nowhere").resolve(), str(Path("dataset").resolve()), jobs=2)
     assert "1 runs, 1 of them made before" in capfd.readouterr().out
     assert not Path("nowhere").exists()
 
@@ -120,7 +120,7 @@ def test_what_was_tuned_is_part_of_a_runs_identity(monkeypatch):
 def test_a_killed_study_goes_on(tiny, capfd):
     """SIGKILL of a run in mid-training; the next call takes its checkpoint up, and ends like one never killed."""
     chosen = spec(epochs=60, stopping_step=1000, learning_rate=1e-5)
-    folder = runs.write_task(Path("work").resolve(), chosen, str(Path("dataset").resolve()), rank=True)
+    folder = runs.write_task(Path("work").resolve(), chosen, str(Path("dataset").resolve()))
     command = [sys.executable, "-m", "benchmarks.accuracy.worker", str(folder)]
     process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -130,7 +130,7 @@ def test_a_killed_study_goes_on(tiny, capfd):
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     store = Store(Path("results/runs.jsonl"))
-    runs.run_all([chosen], store, folder.parent, str(Path("dataset").resolve()), jobs=2, rank=True)
+    runs.run_all([chosen], store, folder.parent, str(Path("dataset").resolve()), jobs=2)
     told = capfd.readouterr().out
     assert "epoch 60 of 60" in told
     assert "epoch 1 of 60" not in told
@@ -143,12 +143,12 @@ def test_a_killed_study_goes_on(tiny, capfd):
 @pytest.mark.slow
 def test_another_commits_checkpoint_is_not_gone_on_from(tiny, capfd):
     store, work = Store(Path("results/runs.jsonl")), Path("work").resolve()
-    runs.run_all([spec()], store, work, str(Path("dataset").resolve()), jobs=2, rank=False)
+    runs.run_all([spec()], store, work, str(Path("dataset").resolve()), jobs=2)
     begun = work / spec().identity() / "environment.json"
     begun.write_text(json.dumps({**json.loads(begun.read_text()), "commit": "another"}))
     Path("results/runs.jsonl").unlink()
     capfd.readouterr()
-    runs.run_all([spec()], Store(Path("results/runs.jsonl")), work, str(Path("dataset").resolve()), jobs=2, rank=False)
+    runs.run_all([spec()], Store(Path("results/runs.jsonl")), work, str(Path("dataset").resolve()), jobs=2)
     told = capfd.readouterr().out
     assert "begun by another commit, machine or settings; it starts anew" in told
     assert "epoch 1 of 2" in told
@@ -171,7 +171,6 @@ def test_a_failed_run_is_told_and_left_out(tiny, capsys):
         Path("work").resolve(),
         str(Path("dataset").resolve()),
         jobs=2,
-        rank=False,
     )
     assert [row["settings"] for row in store.rows.values()] == [spec().settings]
     told = capsys.readouterr().out
@@ -230,7 +229,7 @@ def test_tuning_then_study_then_experiments(tiny, monkeypatch):
         own = [row for row in rows if row["model"] == "STARRec" and bool(row["settings"]) is excluded]
         mean = np.mean([row["test"][protocol]["ndcg@10"] for row in own])
         assert all(f"{mean:.4f}"[1:] in text for text in (page, html))
-    assert "*," not in page  # each model was chosen by the candidates of its table
+    assert r"\*" not in page  # each model was chosen by the candidates of its table
     assert "validation by steps of training" in page
     for text in (page, html):
         for row in rows:
@@ -324,7 +323,7 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
     ]
     for dataset in (name for name in shipped.plan["datasets"] if name not in shipped.also):
         assert shipped.plan["notes"][dataset]
-        for model, protocol in product(shipped.plan["models"], study.CHOSEN_BY):
+        for model, protocol in product(shipped.plan["models"], PROTOCOLS):
             Spec(model, dataset, 0, {"tuned": False, **shipped.base(model, dataset, protocol)}).config()
     for model in shipped.plan["models"]:
         space = space_of(shipped.space(model))
@@ -333,17 +332,57 @@ def test_the_study_as_shipped_is_the_same_for_all_models():
             Spec(model, "ml-1m", 0, {"tuned": False, **shipped.base(model, "ml-1m", FULL), **chosen}).config()
 
 
-def test_a_search_of_another_commit_is_put_aside(tmp_path, capsys):
-    folder, about = tmp_path / "work" / "tiny-SASRec", {"commit": "a", "versions": {}}
-    assert not tuning._goes_on(folder, about)
-    folder.mkdir()
-    (folder / "search.json").write_text("{}")
-    assert tuning._goes_on(folder, about)
-    assert not tuning._goes_on(folder, {**about, "commit": "b"})
-    assert "begun by another commit" in capsys.readouterr().out
-    assert not folder.exists()
-    assert [file.read_text() for file in tmp_path.glob("work/*/search.json")] == ["{}"]
-    assert json.loads(folder.with_suffix(".json").read_text())["commit"] == "b"
+def test_a_search_of_another_commit_or_plan_is_put_aside(tmp_path, capsys):
+    folder, begun = tmp_path / "work" / "tiny-SASRec", {"commit": "a", "search": {"num_samples": 2}}
+    assert not tuning._can_resume(folder, begun)
+    for changed in ({"commit": "b"}, {"search": {"num_samples": 3}}):
+        folder.mkdir()
+        (folder / "search.json").write_text("{}")
+        assert tuning._can_resume(folder, begun)
+        begun = {**begun, **changed}
+        assert not tuning._can_resume(folder, begun)
+        assert "it starts anew" in capsys.readouterr().out
+        assert not folder.exists()
+    assert [file.read_text() for file in tmp_path.glob("work/*/search.json")] == ["{}"] * 2
+
+
+def test_what_a_search_found_is_kept_with_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "tuned_file", lambda model, dataset, _: tmp_path / f"{dataset}-{model}.yaml")
+    shipped, which = Study.read(study.FILE), ("STARRec", "ml-100k", UNSEEN)
+    plan = tuning._plan(shipped, *which)
+    trial = {**{key: p.grid()[0] if p.grid() else p.low for key, p in space_of(plan["space"]).items()}, METRIC: 0.5}
+    found = {**dict(zip(("model", "dataset", "protocol"), which, strict=True)), **plan, "trials": [trial]}
+    assert not tuning.is_kept(shipped, *which, tmp_path)
+    file = tuning.write(found, shipped, tmp_path)
+    assert tuning.is_kept(shipped, *which, tmp_path)
+    settings = yaml.safe_load(file.read_text())
+    assert settings["exclude_history"] is True
+    assert settings.items() >= {key: trial[key] for key in plan["space"]}.items()
+    longer = Study({**shipped.plan, "search": {**shipped.plan["search"], "num_samples": 24}})
+    assert not tuning.is_kept(longer, *which, tmp_path)
+    file.unlink()  # as where a kill came before it was written
+    assert not tuning.is_kept(shipped, *which, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_search_whose_trials_all_fail_is_one_sentence(tiny, monkeypatch):
+    plan = {**PLAN, "own": {"SASRec": {"inner_size": 16, "initializer_range": 1e30}}}
+    with pytest.raises(UserError, match="no trial came to an evaluation"):
+        tuning.tune(Study(plan), "SASRec", "tiny", FULL, "dataset", Path("work").resolve(), 1)
+    assert not Path("results").exists()
+
+
+def test_models_beside_an_experiment_are_run_once():
+    shipped = Study.read(study.FILE)
+    found = experiments_plan.EXPERIMENTS["filter"].specs(shipped, "amazon-beauty", [1])
+    assert [key for key in found if key[0] in ("SASRec", "eSASRec")] == [("SASRec", "none"), ("eSASRec", "none")]
+    assert sum(model == "STARRec" for model, _ in found) == 4
+    for (spec,) in found.values():
+        spec.config()
+        assert not spec.settings["tuned"]
+    assert found["STARRec", "0.7"][0].settings["filter_share"] == 0.7
+    assert found["SASRec", "none"][0].settings["hidden_dropout_prob"] == 0.5
+    assert not experiments_plan.EXPERIMENTS["filter"].specs(shipped, "ml-1m", [1])
 
 
 def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(tmp_path):
@@ -353,8 +392,8 @@ def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(t
     store.add({"id": own.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {}}, None)
     found = Results(store, plan)
     assert found.rows["tiny"][UNSEEN] == found.rows["tiny"][FULL]
-    assert report._title("SASRec", found.rows["tiny"][UNSEEN]["SASRec"], UNSEEN).startswith("SASRec*")
-    assert not report._title("SASRec", found.rows["tiny"][FULL]["SASRec"], FULL).startswith("SASRec*")
+    for where in PROTOCOLS:
+        assert (r"\*" in report._title("SASRec", found.rows["tiny"][where]["SASRec"], where)) is (where == UNSEEN)
     (other,) = plan.grid(["SASRec"], ["tiny"], [1], UNSEEN)
     row = {"id": other.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {"exclude_history": True}}
     store.add(row, None)
@@ -362,6 +401,31 @@ def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(t
     assert again.rows["tiny"][UNSEEN]["SASRec"] == [row]
     assert again.rows["tiny"][FULL] == found.rows["tiny"][FULL]
     assert len(again.all_rows()) == 2
+    alone = Store(tmp_path / "alone.jsonl")
+    alone.add(row, None)
+    assert Results(alone, plan).rows["tiny"] == {FULL: {"SASRec": [row]}, UNSEEN: {"SASRec": [row]}}
+
+
+def test_the_first_table_says_by_what_a_model_was_chosen(tmp_path):
+    def rows_of(score, **config):
+        return [{"test": {protocol: {"ndcg@10": score} for protocol in PROTOCOLS}, "config": config}]
+
+    found = SimpleNamespace(
+        store=None,
+        rows={
+            "amazon-beauty": {
+                FULL: {"A": rows_of(0.25), "B": rows_of(0.5, exclude_history=True)},
+                UNSEEN: {"A": rows_of(0.75), "B": rows_of(0.5, exclude_history=True)},
+            }
+        },
+    )
+    page = Page("")
+    write_summary(page, found)
+    page.write(tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert r"| amazon-beauty, all items | .2500 | **.5000**\* | .0444 LightSANs |" in text
+    assert r"| amazon-beauty, history excluded | **.7500**\* | .5000 | .0614 WEARec (seen items score 0) |" in text
+    assert "What fails" not in text
 
 
 def test_claims_are_held_against_the_numbers():
@@ -375,11 +439,14 @@ def test_claims_are_held_against_the_numbers():
 
 
 def test_sampled_candidates_are_evaluated_afterwards(tiny, monkeypatch):
-    monkeypatch.setattr(Study, "grid", lambda *_: [spec(epochs=1)])
+    monkeypatch.setattr(
+        Study, "grid", lambda *words: [spec(epochs=1, **PROTOCOLS[words[4] if len(words) > 4 else FULL])]
+    )
     monkeypatch.setattr(Study, "untuned", lambda *_: [])
-    words = ("--models", "Mamba4Rec", "--protocols", FULL, "--jobs", "2", "--sampled")
-    page, _ = run(monkeypatch, "accuracy", *words)
-    (row,) = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
+    page, _ = run(monkeypatch, "accuracy", "--models", "Mamba4Rec", "--jobs", "2", "--sampled")
+    rows = [json.loads(line) for line in Path("results/runs.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if not row["config"]["exclude_history"]]
+    assert ["sampled" in row for row in rows] == [not row["config"]["exclude_history"] for row in rows]
     assert set(row["sampled"]) == {"uni100", "pop100"}
     assert row["sampled"]["uni100"]["ndcg@10"] > row["test"][FULL]["ndcg@10"]
     assert "these are no full ranking" in page
@@ -440,7 +507,7 @@ def test_sets_with_known_seconds_hold_the_same_rows(tmp_path):
 
 
 def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):
-    rows = [{"test": {FULL: {"ndcg@10": 0.1}}}]
+    rows = [{"test": {FULL: {"ndcg@10": 0.1}}, "config": {}}]
     found = {("STARRec", "as tuned"): rows, ("Mamba4Rec", "as tuned"): rows}
     experiment = experiments_plan.EXPERIMENTS["training"]
     experiments_report._picture(Page(""), tmp_path / "page.md", "training", experiment, "tiny", found)

@@ -4,11 +4,12 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 from benchmarks.accuracy.runs import ROOT, Spec, Store, run_all
-from benchmarks.accuracy.study import CHOSEN_BY, Study
-from benchmarks.accuracy.worker import FULL, checkpoint_in
+from benchmarks.accuracy.study import Study
+from benchmarks.accuracy.worker import FULL, PROTOCOLS, checkpoint_in
 from benchmarks.speed.contenders import QUIET, hush
 from recbole_ssm.quick_start import evaluate
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--datasets", nargs="+", default=plan["datasets"], help="names; ml-100k comes with RecBole")
     parser.add_argument(
-        "--protocols", nargs="+", choices=list(CHOSEN_BY), default=list(CHOSEN_BY), help="what runs are chosen for"
+        "--protocols", nargs="+", choices=list(PROTOCOLS), default=list(PROTOCOLS), help="what to tune and choose by"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=plan["seeds"], help="a run each; none to tune alone")
     parser.add_argument("--tune", action="store_true", help="first find settings, and write them to properties/tuned")
@@ -53,17 +54,17 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.tune:
             _tune(arguments, study)
         for protocol in arguments.protocols if arguments.seeds else []:
-            refuse_untuned(study, arguments.models, arguments.datasets, protocol)
+            refuse_untuned(study, product(arguments.models, arguments.datasets), protocol)
         specs = [
-            spec
+            (protocol, spec)
             for dataset in arguments.datasets
             for protocol in arguments.protocols
             for spec in study.grid(arguments.models, [dataset], arguments.seeds, protocol)
         ]
         store = Store(arguments.results / "runs.jsonl")
-        run_specs(arguments, specs, store)
-        if arguments.sampled:
-            _sample(arguments, specs, store)
+        run_specs(arguments, [spec for _, spec in specs], store)
+        if arguments.sampled:  # of all items, which a run that leaves the history out refuses
+            _sample(arguments, [spec for protocol, spec in specs if protocol == FULL], store)
     from benchmarks.accuracy.report import write_pages
 
     write_pages(arguments.results, arguments.page)
@@ -78,9 +79,9 @@ def begin() -> None:
     hush()
 
 
-def refuse_untuned(study: Study, models: Iterable[str], datasets: Iterable[str], protocol: str = FULL) -> None:
-    """Stop before the first run where one has no tuned settings."""
-    missing = study.untuned(models, datasets, protocol)
+def refuse_untuned(study: Study, wanted: Iterable[tuple[str, str]], protocol: str = FULL) -> None:
+    """Stop before the first run where a model has no tuned settings for its set."""
+    missing = study.untuned(wanted, protocol)
     if missing:
         words = "python -m benchmarks accuracy --tune"
         raise SystemExit(
@@ -88,10 +89,10 @@ def refuse_untuned(study: Study, models: Iterable[str], datasets: Iterable[str],
         )
 
 
-def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store, rank: bool = True) -> None:
+def run_specs(arguments: argparse.Namespace, specs: list[Spec], store: Store) -> None:
     """Make the runs that ``store`` lacks, with the command's own options."""
     data_path = str(Path(arguments.data_path).resolve())
-    run_all(specs, store, arguments.work.resolve(), data_path, arguments.jobs, rank)
+    run_all(specs, store, arguments.work.resolve(), data_path, arguments.jobs)
 
 
 def _sample(arguments: argparse.Namespace, specs: list[Spec], store: Store) -> None:

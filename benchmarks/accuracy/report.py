@@ -17,6 +17,7 @@ from benchmarks.accuracy.results import (
     column,
     compared,
     gain_cell,
+    mark,
     score_cell,
     tests_of,
 )
@@ -66,12 +67,12 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
         "known.",
         "**Choice**: settings and the best epoch by NDCG@10 on the validation set, among the candidates of the table; "
-        f"of a model with '*' among {FULL}. What the test set says chooses nothing.",
+        "of a model with '*' among the others. What the test set says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
         "every position of a history at once; rows that differ say so. SASRec is RecBole's class. "
         f"{' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU can.",
-        "**Epoch**: the best one, mean over seeds. A run ends where validation stops improving; '15 of 15' was still "
-        "improving at its end.",
+        "**Epoch**: the best one, mean over seeds. A run ends where validation stops improving; '14 of 15' was cut off "
+        "before that.",
         "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold.",
         "**Over** another model: how far NDCG@10 is above its. p: paired t-test over users of NDCG@10 averaged over "
         "seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
@@ -123,9 +124,13 @@ def _table(page: Page, found: Results, dataset: str, protocol: str) -> None:
 
 
 def _epochs_cell(runs: Rows) -> str:
-    """The mean best epoch, and of how many where a run was still improving at its end."""
-    ended = [run["config"]["epochs"] for run in runs if run["epochs_to_best"] == run["config"]["epochs"]]
-    return f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}" + (f" of {max(ended)}" if ended else "")
+    """The mean best epoch, and of how many where the last one came before patience had ended."""
+    cut_off = [
+        run["config"]["epochs"]
+        for run in runs
+        if run["epochs_to_best"] + run["config"]["stopping_step"] >= run["config"]["epochs"]
+    ]
+    return f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}" + (f" of {max(cut_off)}" if cut_off else "")
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:
@@ -136,7 +141,7 @@ def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:
 
 
 def _curves(page: Page, sets: dict[str, dict[str, Rows]], dataset: str, file: Path) -> None:
-    """Validation against steps and against seconds, of each model's first run that kept its curve."""
+    """Validation against steps and against seconds, of each model's first run."""
     for protocol, models in sets.items():
         kept = {
             model: run
@@ -255,8 +260,8 @@ def _title(model: str, runs: Rows, protocol: str) -> str:
     size = config.get("hidden_size", 64)
     others = [f"hidden size {size}"] * (size != 64)
     others += ["request_time known"] * (config.get("request_time") == "known")
-    mark = "" if chosen_by(runs[0]) == protocol else "*"
-    return ", ".join([f"{model}{mark}", f"{layers} layer{'s' * (layers != 1)}", *others])
+    others += [f"filter {config.get('filter_share')}"] * bool(config.get("filter_share"))
+    return ", ".join([f"{model}{mark(runs[0], protocol)}", f"{layers} layer{'s' * (layers != 1)}", *others])
 
 
 def _distinct(values: Iterable[str]) -> str:

@@ -4,8 +4,8 @@ from typing import Any
 
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import Comparison, compare, spread
-from benchmarks.accuracy.study import CHOSEN_BY, Study
-from benchmarks.accuracy.worker import FULL
+from benchmarks.accuracy.study import Study
+from benchmarks.accuracy.worker import FULL, PROTOCOLS, UNSEEN
 
 BASELINES = ("SASRec", "Mamba4Rec")
 K = 10
@@ -24,7 +24,8 @@ def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
 class Results:
     """The rows of the study's grid, by set, candidates and model; seeds in their order.
 
-    Where a model was not run for some candidates, those runs stand there that were chosen among all items.
+    Where a model was not run for some candidates, those runs stand there that were chosen among the others
+    (:func:`chosen_by`).
 
     Args:
         store: all runs.
@@ -40,13 +41,13 @@ class Results:
         )
         self.rows: dict[str, dict[str, dict[str, Rows]]] = {}
         for dataset in datasets:
-            for protocol in CHOSEN_BY:
+            for protocol in PROTOCOLS:
                 for model in models:
-                    found = (
-                        store.of(study.grid([model], [dataset], store.seeds(), chosen_by))
-                        for chosen_by in dict.fromkeys((protocol, FULL))
+                    grids = (
+                        study.grid([model], [dataset], store.seeds(), chosen_by)
+                        for chosen_by in dict.fromkeys((protocol, *PROTOCOLS))
                     )
-                    if rows := next(filter(None, found), None):
+                    if rows := next(filter(None, map(store.of, grids)), None):
                         self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = rows
 
     def all_rows(self) -> Rows:
@@ -59,14 +60,18 @@ class Results:
 
 def chosen_by(row: dict[str, Any]) -> str:
     """The candidates among which a run's epoch and settings were chosen."""
-    excluded = row["config"].get("exclude_history", False)
-    return next(name for name, given in CHOSEN_BY.items() if given.get("exclude_history", False) == excluded)
+    return UNSEEN if row["config"].get("exclude_history") else FULL
+
+
+def mark(row: dict[str, Any], protocol: str) -> str:
+    """What stands behind the name of a model in a table whose candidates are not those that it was chosen among."""
+    return "" if chosen_by(row) == protocol else "\\*"
 
 
 def tests_of(models: dict[str, Rows]) -> int:
     """How many comparisons a set's two tables hold: of each pair with a baseline, under both evaluations."""
     pairs = {frozenset((m, b)) for m in models for b in BASELINES if b in models and m != b}
-    return len(CHOSEN_BY) * len(pairs)
+    return len(PROTOCOLS) * len(pairs)
 
 
 def compared(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> Comparison:

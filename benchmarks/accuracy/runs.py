@@ -148,7 +148,7 @@ class Store:
         return np.mean([self.read_ranks(row["id"], protocol).ndcg(k) for row in rows], axis=0)
 
 
-def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | None, jobs: int, rank: bool) -> None:
+def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | None, jobs: int) -> None:
     """Make every run that the store lacks, ``jobs`` at a time with an equal share of the cores each.
 
     ``OMP_NUM_THREADS`` sets the threads of each run where it is set.
@@ -162,7 +162,6 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
         work: folder of the runs' own folders.
         data_path: folder that holds the datasets.
         jobs: how many runs at a time.
-        rank: whether to rank the test targets; trials that only choose settings must not look at them.
     """
     named = {spec.identity(): spec for spec in specs}
     missing = {name: spec for name, spec in named.items() if name not in store.rows}
@@ -171,7 +170,7 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
     begin, made, failed = time.monotonic(), 0, 0
 
     def make(spec: Spec) -> Path:
-        folder = write_task(work, spec, data_path, rank)
+        folder = write_task(work, spec, data_path)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
         with open(folder / "log.txt", "a") as log:
             command = [sys.executable, "-m", "benchmarks.accuracy.worker", str(folder)]
@@ -189,8 +188,7 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
                     log = Path(error.cmd[-1]) / "log.txt"
                     print(f"failed: {waiting[done]}; {log} ends: {_last_line(log)}", flush=True)
                     continue
-                ranks = folder / "ranks.npz"
-                store.add(json.loads((folder / "row.json").read_text()), ranks if ranks.exists() else None)
+                store.add(json.loads((folder / "row.json").read_text()), folder / "ranks.npz")
                 made += 1
                 minutes = (time.monotonic() - begin) / 60
                 left = minutes / made * (len(missing) - made - failed)
@@ -202,13 +200,13 @@ def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | No
         print(f"{failed} runs failed; the same command tries them again", flush=True)
 
 
-def write_task(work: Path, spec: Spec, data_path: str | None, rank: bool) -> Path:
+def write_task(work: Path, spec: Spec, data_path: str | None) -> Path:
     """Make a run's folder, which tells the worker what to do."""
     folder = work / spec.identity()
     folder.mkdir(parents=True, exist_ok=True)
     # With what is tuned now; the files may have changed when the worker reads them.
     settings = spec.resolved().settings
-    task = {"spec": asdict(spec), "settings": settings, "id": folder.name, "data_path": data_path, "rank": rank}
+    task = {"spec": asdict(spec), "settings": settings, "id": folder.name, "data_path": data_path}
     (folder / "task.json").write_text(json.dumps(task))
     return folder
 

@@ -8,14 +8,11 @@ from typing import Any
 import yaml
 
 from benchmarks.accuracy.runs import Spec
-from benchmarks.accuracy.worker import FULL, UNSEEN
+from benchmarks.accuracy.worker import FULL, PROTOCOLS, UNSEEN
 from recbole_ssm.config import tuned_file
 from recbole_ssm.settings.text import meaning
 
 FILE = Path(__file__).with_name("study.yaml")
-
-# What a run is chosen by: its best epoch, and before it, its settings. The first is RecBole's default.
-CHOSEN_BY: dict[str, dict[str, Any]] = {FULL: {}, UNSEEN: {"exclude_history": True}}
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Study:
             models: model names, or names of ``also``.
             datasets: dataset names, or names of ``also``.
             seeds: seeds of everything.
-            protocol: of :data:`CHOSEN_BY`, what each run is tuned and chosen for.
+            protocol: of :data:`~benchmarks.accuracy.worker.PROTOCOLS`, by which each run is tuned and chosen.
         """
         models, seeds = list(models), list(seeds)
         return [self._spec(m, dataset, seed, protocol) for dataset in datasets for seed in seeds for m in models]
@@ -50,7 +47,7 @@ class Study:
     def _spec(self, name: str, dataset_name: str, seed: int, protocol: str) -> Spec:
         read, run = self.also.get(dataset_name, {}), self.also.get(name, {})
         model, dataset = run.get("model", name), read.get("dataset", dataset_name)
-        settings = {**CHOSEN_BY[protocol], **read.get("settings", {}), **run.get("settings", {})}
+        settings = {**PROTOCOLS[protocol], **read.get("settings", {}), **run.get("settings", {})}
         if name in self.plan["smaller"] and (file := self.tuned_file(name, dataset, protocol)).exists():
             settings = {"tuned": False, **yaml.safe_load(file.read_text()), **settings}
         return Spec(model, dataset, seed, settings)
@@ -60,10 +57,10 @@ class Study:
         file = tuned_file(model, dataset, protocol == UNSEEN)
         return FILE.parent / "tuned" / file.name if model in self.plan["smaller"] else file
 
-    def untuned(self, models: Iterable[str], datasets: Iterable[str], protocol: str) -> list[str]:
-        """Models that tuning must come before, each with its set."""
-        wanted = [(m, d) for d in datasets for m in models if m not in self.also and d in self.plan["epochs"]]
-        return [f"{m} on {d}" for m, d in wanted if not self.tuned_file(m, d, protocol).exists()]
+    def untuned(self, wanted: Iterable[tuple[str, str]], protocol: str) -> list[str]:
+        """Those pairs of a model and a set that tuning must come before."""
+        tuned = [(m, d) for m, d in wanted if m not in self.also and d in self.plan["epochs"]]
+        return [f"{m} on {d}" for m, d in tuned if not self.tuned_file(m, d, protocol).exists()]
 
     @property
     def also(self) -> dict[str, dict[str, Any]]:
@@ -78,7 +75,7 @@ class Study:
     def base(self, model: str, dataset: str, protocol: str) -> dict[str, Any]:
         """Settings of all trials of a model on a set, and so of its runs, those apart that are searched."""
         own = self.plan["own"].get(model, {})
-        return {**CHOSEN_BY[protocol], **self.plan["common"], **own, "epochs": self.plan["epochs"][dataset]}
+        return {**PROTOCOLS[protocol], **self.plan["common"], **own, "epochs": self.plan["epochs"][dataset]}
 
     def space(self, model: str) -> dict[str, Any]:
         """What is searched of a model, in the form of ``properties/search``."""

@@ -1,24 +1,10 @@
 """The study's first page: who leads on each set, beside the best published number, and which claims hold."""
 
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
-
-import yaml
-
-from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim
-from benchmarks.accuracy.results import K, Results, compared, score_cell, tests_of
+from benchmarks.accuracy.claims import CLAIMS, LEVEL, Claim, published
+from benchmarks.accuracy.results import K, Results, compared, mark, score_cell, tests_of
 from benchmarks.accuracy.statistics import Comparison, spread
 from benchmarks.accuracy.worker import FULL
 from benchmarks.pages import Page
-
-PUBLISHED = Path(__file__).with_name("published.yaml")
-
-
-@lru_cache(maxsize=1)
-def published() -> list[dict[str, Any]]:
-    """What ``published.yaml`` holds."""
-    return yaml.safe_load(PUBLISHED.read_text())
 
 
 def write_summary(page: Page, found: Results) -> None:
@@ -29,13 +15,19 @@ def write_summary(page: Page, found: Results) -> None:
         for protocol, rows in protocols.items():
             means = {m: spread([row["test"][protocol][f"ndcg@{K}"] for row in own])[0] for m, own in rows.items()}
             best = max(means.values())
-            cells = [score_cell(means[m], None, means[m] == best) if m in means else "" for m in models]
+            cells = [
+                score_cell(means[m], None, means[m] == best) + mark(rows[m][0], protocol) if m in means else ""
+                for m in models
+            ]
             lines.append([f"{dataset}, {protocol}", *cells, _published_cell(dataset, protocol)])
-    page.text(f"Test NDCG@{K}, mean over seeds, of models that were tuned alike; the best in bold:")
+    page.text(
+        f"Test NDCG@{K}, mean over seeds; the best in bold. All models are tuned alike, by the validation set and the "
+        "row's candidates, or with '*' by the other row's."
+    )
     page.table(["set, candidates", *models, "best published"], lines)
     failing = [text for text, _, verdict in _verdicts(found) if verdict.startswith("**")]
     if failing:
-        page.text(f"What fails, or may be chance ([measured below](#do-the-claims-hold)): {'; '.join(failing)}.")
+        page.text(f"What fails, or may be chance (measured under 'Do the claims hold?'): {'; '.join(failing)}.")
 
 
 def _published_cell(dataset: str, protocol: str) -> str:
@@ -43,15 +35,14 @@ def _published_cell(dataset: str, protocol: str) -> str:
     if not known:
         return ""
     best = max(known, key=lambda one: one[f"ndcg@{K}"])
-    return f"{score_cell(best[f'ndcg@{K}'], None)} {best['model']}"
+    note = f" ({best['note']})" if "note" in best else ""
+    return f"{score_cell(best[f'ndcg@{K}'], None)} {best['model']}{note}"
 
 
 def write_published(page: Page) -> None:
     """Put all published numbers, with where they stand."""
     page.heading("What others publish")
-    page.text(
-        f"Full ranking on the same sets, leave-one-out; as they say, and not repeated here. NDCG@{K} and Recall@{K}."
-    )
+    page.text(f"Full ranking on the same sets, leave-one-out, as their sources say. NDCG@{K} and Recall@{K}.")
     page.table(
         ["set, candidates", "model", f"NDCG@{K}", f"Recall@{K}", "source"],
         [

@@ -22,13 +22,14 @@ from recbole_ssm.trainer import get_trainer
 
 TOPK = (5, 10, 20, 50)
 
-# How the best epoch's model is evaluated; the best epoch itself is always chosen by the first, on the validation set.
+# The candidates that a target is ranked among. By one of them a run is tuned, and its best epoch chosen, on the
+# validation set; its model is evaluated by all. The first is RecBole's, and the default.
 FULL, UNSEEN = "all items", "history excluded"
-PROTOCOLS: dict[str, dict[str, Any]] = {FULL: {"exclude_history": False}, UNSEEN: {"exclude_history": True}}
+PROTOCOLS: dict[str, dict[str, Any]] = {FULL: {}, UNSEEN: {"exclude_history": True}}
 
 
 def main(folder: Path) -> None:
-    """Make the run that ``task.json`` describes; leave ``row.json``, and ``ranks.npz`` where it asks for ranks."""
+    """Make the run that ``task.json`` describes; leave ``row.json`` and ``ranks.npz``."""
     task, about = json.loads((folder / "task.json").read_text()), environment()
     del sys.argv[1:]  # RecBole reads settings from there
     os.chdir(folder)
@@ -42,8 +43,8 @@ def main(folder: Path) -> None:
     resume_file = _to_resume(folder, config, about)
     if resume_file is None:
         curve.unlink(missing_ok=True)
-    run = train_and_test(config, resume_file=resume_file, callback_fn=_progress(spec, config, curve), test=task["rank"])
-    found, model = _evaluations(run, task["rank"])
+    run = train_and_test(config, resume_file=resume_file, callback_fn=_progress(spec, config, curve))
+    found, model = _evaluations(run)
     row = {
         "id": task["id"],
         "model": spec.model,
@@ -60,8 +61,7 @@ def main(folder: Path) -> None:
         "config": {key: value for key, value in run.config.given.items() if key not in ("data_path", "checkpoint_dir")},
         "environment": about,
     }
-    if found["test"]:
-        _write_ranks(folder / "ranks.npz", found["test"])
+    _write_ranks(folder / "ranks.npz", found["test"])
     (folder / "row.json").write_text(json.dumps(row))
     print(f"{spec}: {_summary(row)}", flush=True)
 
@@ -114,22 +114,21 @@ def _read_curve(file: Path) -> list[tuple[int, float]]:
     return sorted(dict(map(json.loads, lines)).items())
 
 
-def _evaluations(run: Run, rank_test: bool) -> tuple[dict[str, dict[str, Ranks]], dict[str, Any]]:
+def _evaluations(run: Run) -> tuple[dict[str, dict[str, Ranks]], dict[str, Any]]:
     """Ranks under each protocol on both sets, and what is worth knowing of the model."""
     found: dict[str, dict[str, Ranks]] = {"valid": {}, "test": {}}
     for name, settings in PROTOCOLS.items():
-        config, model, _, train_data, valid_data, test_data = load_data_and_model(run.checkpoint, {**settings, **QUIET})
+        settings = {"exclude_history": False, **settings, **QUIET}
+        config, model, _, train_data, valid_data, test_data = load_data_and_model(run.checkpoint, settings)
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         found["valid"][name] = rank_targets(trainer, valid_data)
-        if rank_test:
-            found["test"][name] = rank_targets(trainer, test_data)
+        found["test"][name] = rank_targets(trainer, test_data)
     about: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps_per_epoch": len(train_data),
+        "popularity": by_popularity(found["test"][FULL], train_data, test_data, TOPK),
     }
-    if rank_test:
-        about["popularity"] = by_popularity(found["test"][FULL], train_data, test_data, TOPK)
-    if rank_test and isinstance(model, STARRec):
+    if isinstance(model, STARRec):
         about["parts"] = summary_of_parts(model, test_data, Path(config["data_path"]))
     return found, about
 
@@ -157,9 +156,8 @@ def _write_ranks(file: Path, found: dict[str, Ranks]) -> None:
 
 
 def _summary(row: dict[str, Any]) -> str:
-    part = "test" if row["test"] else "valid"
-    scores = ", ".join(f"{name} {found['ndcg@10']:.4f}" for name, found in row[part].items())
-    return f"{part} NDCG@10 {scores}; best epoch {row['epochs_to_best']}, {row['seconds_to_best'] / 60:.1f} min"
+    scores = ", ".join(f"{name} {found['ndcg@10']:.4f}" for name, found in row["test"].items())
+    return f"test NDCG@10 {scores}; best epoch {row['epochs_to_best']}, {row['seconds_to_best'] / 60:.1f} min"
 
 
 if __name__ == "__main__":

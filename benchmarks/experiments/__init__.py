@@ -28,7 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
     begin()
     _refuse_unknown("experiment", arguments.names, EXPERIMENTS)
     named = [EXPERIMENTS[name] for name in arguments.names or EXPERIMENTS]
-    _refuse_unknown("model", arguments.models, dict.fromkeys(model for e in named for model in (*e.models, *e.beside)))
+    _refuse_unknown("model", arguments.models, dict.fromkeys(model for e in named for model in e.all_models))
     _refuse_unknown("variant", arguments.variants, dict.fromkeys(variant for e in named for variant in e.variants))
     from benchmarks.experiments.report import write_pages
 
@@ -42,8 +42,8 @@ def main(arguments: argparse.Namespace) -> None:
             if model in (arguments.models or [model]) and variant in (arguments.variants or [variant])
             for spec in seeds
         ]
-        tuned = [spec for spec in specs if spec.settings.get("tuned", True)]
-        refuse_untuned(study, {spec.model for spec in tuned}, {spec.dataset for spec in tuned})
+        tuned = {(spec.model, spec.dataset): None for spec in specs if spec.settings.get("tuned", True)}
+        refuse_untuned(study, tuned)
         run_specs(arguments, specs, Store(arguments.results / "runs.jsonl"))
     write_pages(arguments.results, arguments.page)
 

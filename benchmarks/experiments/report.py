@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.accuracy.parts import LENGTHS, NEW, RAREST, TAIL
-from benchmarks.accuracy.results import BASELINES, K, Results, compared, gain_cell, same_seeds, score_cell
+from benchmarks.accuracy.results import BASELINES, K, Results, chosen_by, compared, gain_cell, same_seeds, score_cell
 from benchmarks.accuracy.runs import Store
 from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
@@ -30,9 +30,10 @@ def write_pages(results: Path, file: Path) -> None:
     store, study, file = Store(results / "runs.jsonl"), Study.read(), file.resolve()
     page = Page("The papers' experiments")
     page.text(
-        "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch are those of "
-        "[the study](study.md); settings are those that tuning found, but for what an experiment varies (and 6 epochs "
-        "on ml-1m where it does not vary those); a variant that tuning chose is not listed again. "
+        "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch (by all "
+        "items, where nothing else is said) are those of [the study](study.md); settings are those that tuning found, "
+        "but for what an experiment varies (and 6 epochs on ml-1m where it does not vary those); a variant that tuning "
+        "chose is not listed again. "
         f"Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of some "
         "percent are noise."
     )
@@ -80,7 +81,7 @@ def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | Non
 
 
 def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None:
-    models = [model for model in (*experiment.models, *experiment.beside) if any(model == own for own, _ in rows)]
+    models = [model for model in experiment.all_models if any(model == own for own, _ in rows)]
     for protocol in (FULL, UNSEEN):
         scores = {key: _ndcg(own, protocol) for key, own in rows.items()}
         best = {model: max(score[0] for (own, _), score in scores.items() if own == model) for model in models}
@@ -96,22 +97,25 @@ def _table(page: Page, experiment: Experiment, dataset: str, rows: Rows) -> None
 
 def _picture(page: Page, file: Path, name: str, experiment: Experiment, dataset: str, rows: Rows) -> None:
     picture = file.parent / "images" / f"{file.stem}-{name}-{dataset}.svg"
+    protocol = chosen_by(next(iter(rows.values()))[0])
     title = f"{dataset}: {experiment.title}"
+    axis = f"NDCG@{K}, {protocol}"
     if experiment.xlabel is None:
         several = len({model for model, _ in rows}) > 1
         means = {
-            f"{model}, {variant}" if several else variant: _ndcg(own, FULL) for (model, variant), own in rows.items()
+            f"{model}, {variant}" if several else variant: _ndcg(own, protocol)
+            for (model, variant), own in rows.items()
         }
-        plots.dots(picture, title, means, f"NDCG@{K}")
+        plots.dots(picture, title, means, axis)
     else:
         numbers = [_number(variant) for variant in experiment.variants]
         known = [number for number in numbers if number is not None]
         step = {v: known[-1] * 2 if n is None else n for v, n in zip(experiment.variants, numbers, strict=True)}
         series: dict[str, list[tuple[float, float]]] = {}
         for (model, variant), own in rows.items():
-            series.setdefault(model, []).append((step[variant], _ndcg(own, FULL)[0]))
+            series.setdefault(model, []).append((step[variant], _ndcg(own, protocol)[0]))
         names = {place: variant for variant, place in step.items()}
-        plots.lines(picture, title, series, experiment.xlabel, f"NDCG@{K}", logx=False, logy=False, xnames=names)
+        plots.lines(picture, title, series, experiment.xlabel, axis, logx=False, logy=False, xnames=names)
     page.figure(picture, file, title)
 
 

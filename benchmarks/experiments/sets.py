@@ -32,7 +32,7 @@ def known_seconds(table: pd.DataFrame, _: np.random.Generator) -> pd.DataFrame:
 
 
 def shuffled(table: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """The same users in random order, so that nothing orders ties."""
+    """The rows of the same users in random order, so that nothing orders ties."""
     known = known_seconds(table, generator)
     return known.iloc[generator.permutation(len(known))]
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
 from recbole_ssm.ops import selective_scan, selective_scan_last
+from recbole_ssm.ops.decaying_scan import scan_arguments_of
 from recbole_ssm.ops.packing import select_rows, single_rows
 
 # Of what a moving average holds, the part that one more item takes the place of: about 1 in 20, and 1 in 3.
@@ -40,11 +41,11 @@ class MovingAverage(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`recbole_ssm.layers.Mamba.forward`."""
         settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
-        entering, decay, A, one = self._scanned(x)
+        entering, dt, A, one = scan_arguments_of(*self.entering(x))
         if last:
-            low = selective_scan_last(entering, decay, A, one, one.new_ones(len(cu_seqlens) - 1, 1), **settings)
+            low = selective_scan_last(entering, dt, A, one, one.new_ones(len(cu_seqlens) - 1, 1), **settings)
         else:
-            low = select_rows(selective_scan(entering, decay, A, one, one, **settings), read)
+            low = select_rows(selective_scan(entering, dt, A, one, one, **settings), read)
         return self.filtered(select_rows(x, read), low)
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
@@ -54,29 +55,19 @@ class MovingAverage(nn.Module):
     def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`recbole_ssm.layers.Mamba.carry`."""
         cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
-        entering, decay, A, one = self._scanned(x)
+        entering, dt, A, one = scan_arguments_of(*self.entering(x))
         low, after = selective_scan(
-            entering, decay, A, one, one,
+            entering, dt, A, one, one,
             cu_seqlens=cu_seqlens, initial_state=state["low"], return_final_state=True, backend=self.backend,
         )  # fmt: skip
         return self.filtered(x, low), {"low": after}
 
-    def decay(self) -> Tensor:
-        """``-log a`` of each feature, ``[d]``."""
-        return nn.functional.softplus(self.Lambda)
+    def entering(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1 - a) x`` and ``-log a`` for rows ``x [..., d]``, both ``[..., d]``."""
+        decay = nn.functional.softplus(self.Lambda)
+        return x * -torch.expm1(-decay), decay.expand(x.shape).contiguous()
 
     def filtered(self, x: Tensor, low: Tensor) -> Tensor:
         """The layer's output for rows ``x [..., d]`` and their moving averages."""
         low = low.to(x.dtype)
         return self.norm(x + self.dropout(torch.lerp(low, x, self.beta.square().to(x.dtype))))
-
-    def _scanned(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The average as a selective scan of one state a channel, whose step ``-log a`` multiplies what enters."""
-        decay = self.decay()
-        one = decay.new_ones(len(x), 1)
-        return (
-            x * (-torch.expm1(-decay) / decay),
-            decay.expand(len(x), -1).contiguous(),
-            -torch.ones_like(decay)[:, None],
-            one,
-        )

@@ -15,6 +15,7 @@ from recbole_ssm.layers import FeedForward
 from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
 from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
 from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
+from recbole_ssm.ops.decaying_scan import scan_arguments_of
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, ModelSettings, setting
@@ -61,8 +62,8 @@ class GatedRecurrence(nn.Module):
         weight, bias = self.conv.weight.flatten(1), self.conv.bias
         u = causal_conv(F.linear(x, into_units), weight, bias, "silu", **settings)
         if last:
-            x, decay, A, one = self._scanned(*self.gated(u))
-            h = selective_scan_last(x, decay, A, one, one.new_ones(len(z), 1), **settings)
+            x, dt, A, one = scan_arguments_of(*self.gated(u))
+            h = selective_scan_last(x, dt, A, one, one.new_ones(len(z), 1), **settings)
         else:
             h = select_rows(self._scan(u, **settings), read)
         return self.out_proj(h.to(z.dtype) * F.silu(z))
@@ -93,16 +94,8 @@ class GatedRecurrence(nn.Module):
         return torch.sqrt(-torch.expm1(-2 * decay)) * i * u, decay
 
     def _scan(self, u: Tensor, **settings: Any) -> Any:
-        x, decay, A, one = self._scanned(*self.gated(u))
-        return selective_scan(x, decay, A, one, one, **settings)
-
-    def _scanned(self, entering: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-        """The recurrence as a selective scan of one state a channel, whose step is the decay and multiplies its input.
-
-        What is divided by it first loses nothing: gradients through quotient and product cancel to within rounding of
-        one of them, twice as large as what is left.
-        """
-        return entering / decay, decay, -torch.ones_like(self.Lambda)[:, None], decay.new_ones(len(decay), 1)
+        x, dt, A, one = scan_arguments_of(*self.gated(u))
+        return selective_scan(x, dt, A, one, one, **settings)
 
 
 class RecurrentLayer(nn.Module):

@@ -1,12 +1,12 @@
 """A diagonal recurrence whose decays are complex, by the selective scan, which knows real ones."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recbole_ssm.ops.decaying_scan import scan_arguments_of
 from recbole_ssm.ops.packing import check_packed, flip_rows, positions
 from recbole_ssm.ops.selective_scan import selective_scan
 
@@ -73,7 +73,6 @@ def _scan(x: Tensor, log_decay: Tensor, cu_seqlens: Tensor, backend: str) -> Ten
     turn = torch.polar(torch.ones_like(angle), angle)
     parts = torch.view_as_real(x * turn.conj()).flatten(1)
     decay = (-log_decay.real).clamp_min(LEAST_DECAY).repeat_interleave(2, 1)
-    one = parts.new_ones(len(parts), 1)
-    settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": backend}
-    h = selective_scan(parts / decay, decay, -parts.new_ones(parts.shape[1], 1), one, one, **settings)
+    x, dt, A, one = scan_arguments_of(parts, decay)
+    h = selective_scan(x, dt, A, one, one, cu_seqlens=cu_seqlens, backend=backend)
     return turn * torch.view_as_complex(h.unflatten(1, (-1, 2)))

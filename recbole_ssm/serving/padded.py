@@ -173,20 +173,20 @@ class PaddedMamba3(_Padded, Mamba3):
         return self._gate(self._with_own(y, x, B, C, later), z), after
 
 
+def _decayed(state: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A state ``[B, D, 1]`` after a row of what enters it and of its decay, ``[B, D]`` each, and itself, ``[B, D]``."""
+    entering, decay = row
+    state = torch.exp(-decay)[..., None] * state + entering[..., None]
+    return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
+
+
 class PaddedRecurrence(_Padded, GatedRecurrence):
     """See :class:`~recbole_ssm.models.recblr.GatedRecurrence`."""
 
     def _run(self, x: Tensor, state: State, recur: Callable, step_scale: Tensor | None = None) -> tuple[Tensor, State]:
         u, z = self.in_proj(x).chunk(2, -1)
         seen = torch.cat([state["conv"], u.mT], -1)
-        entering, decay = self.gated(F.silu(self.conv(seen)).mT)
-
-        def advance(state, row):
-            alpha, entering = row
-            state = alpha[..., None] * state + entering[..., None]
-            return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
-
-        after, h = recur(advance, state["h"], (torch.exp(-decay), entering))
+        after, h = recur(_decayed, state["h"], self.gated(F.silu(self.conv(seen)).mT))
         return h * F.silu(z), {"conv": seen[..., u.shape[1] :], "h": after}
 
 
@@ -205,13 +205,7 @@ class PaddedMovingAverage(MovingAverage):
         return self.filtered(x, low[:, 0]), state
 
     def _run(self, x: Tensor, state: State, recur: Callable) -> tuple[Tensor, State]:
-        kept = torch.exp(-self.decay())
-
-        def advance(state, row):
-            state = kept[:, None] * state + ((1 - kept) * row[0])[..., None]
-            return state, state.sum(-1)  # of one number; a view of the state itself is what scan refuses
-
-        after, low = recur(advance, state["low"], (x,))
+        after, low = recur(_decayed, state["low"], self.entering(x))
         return low, {"low": after}
 
 
