@@ -366,7 +366,7 @@ def test_what_a_search_found_is_kept_with_its_plan(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_search_whose_trials_all_fail_is_one_sentence(tiny, monkeypatch):
-    plan = {**PLAN, "own": {"SASRec": {"inner_size": 16, "initializer_range": 1e30}}}
+    plan = {**PLAN, "space": {**PLAN["space"], "learning_rate": [-1.0]}}
     with pytest.raises(UserError, match="no trial came to an evaluation"):
         tuning.tune(Study(plan), "SASRec", "tiny", FULL, "dataset", Path("work").resolve(), 1)
     assert not Path("results").exists()
