@@ -217,9 +217,10 @@ def _tuning(page: Page, results: Path) -> None:
         return
     page.heading("Tuning")
     page.text(
-        "The same number of trials for every model of a set, as `run_hyper` makes them; the best validation NDCG@10 "
-        "wins and goes to `properties/tuned/`, which `run_recbole` reads by itself (but for models that are run "
-        "smaller than released). Trials know the validation set alone. Best first, each with how many epochs it went."
+        "The same number of trials for every model of a set, made by `run_hyper` (the first ones by a grid, stage by "
+        "stage); the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` reads by itself "
+        "(but for models that are run smaller than released). Trials know the validation set alone. Best "
+        "first, each with how many epochs it went."
     )
     for search in searches:
         how = ", ".join(f"{key} {value}" for key, value in search["search"].items())
