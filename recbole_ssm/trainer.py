@@ -31,20 +31,23 @@ STEPS_PER_CHECK = 32
 FUSED_OPTIMIZERS = (optim.Adam, optim.AdamW, optim.SGD)
 
 
-def learning_rate_factor(scheduler: str, warmup_ratio: float, progress: float) -> float:
+def learning_rate_factor(scheduler: str, warmup_ratio: float, restarts: int, progress: float) -> float:
     """What ``learning_rate`` is multiplied by.
 
     It rises linearly from 0 to 1 over the first ``warmup_ratio`` of a run; then ``constant`` keeps it, ``linear`` and
-    ``cosine`` let it fall to 0 at the run's end.
+    ``cosine`` let it fall to 0 at the run's end, or in each of ``restarts + 1`` equal parts of what is left of it
+    (SGDR, arXiv 1608.03983, eq. 5).
 
     Args:
         scheduler: ``constant``, ``linear`` or ``cosine``.
         warmup_ratio: from 0 to 1, exclusively.
+        restarts: how often a rate that falls begins anew.
         progress: share of the run that is done, from 0 to 1.
     """
     if progress < warmup_ratio:
         return progress / warmup_ratio
-    rest = (progress - warmup_ratio) / (1 - warmup_ratio)
+    done = (progress - warmup_ratio) / (1 - warmup_ratio) * (restarts + 1)
+    rest = done - min(int(done), restarts)
     if scheduler == "linear":
         return 1 - rest
     return (1 + math.cos(math.pi * rest)) / 2 if scheduler == "cosine" else 1.0
@@ -68,7 +71,7 @@ class SequenceTrainer(DurableTraining):
     device has it, in evaluation too (float16, whose range is small, only elsewhere, and then always scaled). One
     gradient scaler serves the whole run and its resumption; gradients are clipped by their true size. The loss is
     not waited for at each step, and the optimizer's step is one fused kernel. ``learning_rate`` follows
-    ``lr_scheduler_type`` and ``warmup_ratio`` (:func:`learning_rate_factor`) over ``epochs``.
+    ``lr_scheduler_type``, ``warmup_ratio`` and ``lr_restarts`` (:func:`learning_rate_factor`) over ``epochs``.
 
     On a GPU batches are packed on the host by a thread of their own, and steps replay as CUDA graphs
     (``cuda_graphs``, :class:`~recbole_ssm.graphs.GraphedSteps`).
@@ -80,7 +83,9 @@ class SequenceTrainer(DurableTraining):
         self.amp_dtype = torch.float16 if half else torch.bfloat16
         scaled = self.enable_scaler or (self.enable_amp and half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.lr_schedule = config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0
+        self.lr_schedule = (
+            config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0, config["lr_restarts"] or 0
+        )  # fmt: skip
         self._shared_loss = None
         self._loss_of: Any = None
         self._rate: float | None = None  # which the optimizer has

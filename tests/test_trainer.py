@@ -143,11 +143,15 @@ def test_learning_rate_factors():
     def factors(*schedule):
         return [learning_rate_factor(*schedule, progress) for progress in (0, 0.1, 0.2, 0.6, 1)]
 
-    assert factors("constant", 0.0) == [1, 1, 1, 1, 1]
-    assert factors("constant", 0.2) == pytest.approx([0, 0.5, 1, 1, 1])
-    assert factors("linear", 0.2) == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert factors("cosine", 0.2) == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert learning_rate_factor("cosine", 0.0, 0.25) == pytest.approx((1 + 2**-0.5) / 2)
+    assert factors("constant", 0.0, 0) == [1, 1, 1, 1, 1]
+    assert factors("constant", 0.2, 2) == pytest.approx([0, 0.5, 1, 1, 1])
+    assert factors("linear", 0.2, 0) == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert factors("cosine", 0.2, 0) == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert learning_rate_factor("cosine", 0.0, 0, 0.25) == pytest.approx((1 + 2**-0.5) / 2)
+    assert [learning_rate_factor("linear", 0.2, 1, p) for p in (0.1, 0.3, 0.5, 0.7, 1)] == pytest.approx(
+        [0.5, 0.75, 0.25, 0.75, 0]
+    )
+    assert learning_rate_factor("cosine", 0.0, 1, 0.625) == pytest.approx((1 + 2**-0.5) / 2)
 
 
 @pytest.mark.parametrize("name", ["Mamba4Rec", "SASRec"])

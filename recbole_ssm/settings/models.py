@@ -39,6 +39,9 @@ class Scheduled(BaseModel):
     warmup_ratio: float = setting(
         0.0, "Share of the run in which the learning rate rises from 0 to learning_rate.", ge=0, lt=1
     )
+    lr_restarts: int = setting(
+        0, "How often a learning rate that falls begins anew, in equal parts of the run (SGDR).", ge=0, le=10_000
+    )
 
 
 class OnePass(Scheduled, Sequential):

@@ -52,9 +52,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "NARM": {"hidden_size": 8, "embedding_size": 8},
     "BPR": {"embedding_size": 8},
 }
-SHARED = ["lr_scheduler_type", "warmup_ratio", "train_mode", "time_order", "cuda_graphs", "exclude_history",
-          "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock", "request_time", "ssm_backend",
-          "loss_type"]  # fmt: skip
+SHARED = ["lr_scheduler_type", "warmup_ratio", "lr_restarts", "train_mode", "time_order", "cuda_graphs",
+          "exclude_history", "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock", "request_time",
+          "ssm_backend", "loss_type"]  # fmt: skip
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]

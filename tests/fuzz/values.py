@@ -237,7 +237,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "MAX_ITEM_LIST_LENGTH": (whole(1, 2**24), [1, 2, 5, 40, 0, -1, 5.0, 2**30]),
     # Of models.
     "lr_scheduler_type": (one_of("constant", "linear", "cosine"), ["constant", "linear", "cosine", "step", True]),
-    "warmup_ratio": _SHARE,
+    "warmup_ratio": _SHARE, "lr_restarts": (whole(0, 10_000), [0, 1, 3, -1, 1.5, "2"]),
     "train_mode": (one_of("sequence", "prefix"), ["sequence", "prefix", "row", True]),
     "time_order": (one_of("exact", "float32"), ["exact", "float32", "file"]),
     "cuda_graphs": (either(one_of("auto", "on", "off"), switch), ["auto", "on", "off", True, False, "yes", 1]),
