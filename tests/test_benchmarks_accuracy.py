@@ -376,7 +376,7 @@ def test_models_beside_an_experiment_are_run_once():
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS["filter"].specs(shipped, "amazon-beauty", [1])
     assert [key for key in found if key[0] in ("SASRec", "eSASRec")] == [("SASRec", "none"), ("eSASRec", "none")]
-    assert sum(model == "STARRec" for model, _ in found) == 4
+    assert sum(model == "STARRec" for model, _ in found) == 5
     for (spec,) in found.values():
         spec.config()
         assert not spec.settings["tuned"]

@@ -102,7 +102,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec", "Mamba4Rec"),
         {
             name: {**BSAREC_TRAINING, **share}
-            for name, share in {"none": {}, **_values("filter_share", (0.5, 0.7, 0.85))}.items()
+            for name, share in {"none": {}, **_values("filter_share", (0.3, 0.5, 0.7, 0.9))}.items()
         },
         datasets=("amazon-beauty", "amazon-video-games"),
         model_settings={

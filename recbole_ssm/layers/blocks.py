@@ -29,8 +29,8 @@ class BlockSettings(ModelSettings):
     )  # fmt: skip
     filter_share: float = setting(
         0.0,
-        "Share that a low-pass filter beside the state-space block has in their layer's output: a moving average with "
-        "learned decays; none when 0, as in the papers. BSARec's alpha, there 0.7.",
+        "Share of a low-pass filter in each layer's output, beside the state-space block, or STARRec's two paths: a "
+        "moving average with learned decays; none when 0, as in the papers. BSARec's alpha, there 0.7.",
         ge=0, lt=1, fixed=True,
     )  # fmt: skip
 

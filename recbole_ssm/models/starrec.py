@@ -11,7 +11,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from recbole_ssm.layers import MambaLayer, MixtureOfExperts, PreferenceAwareAttention
+from recbole_ssm.layers import MambaLayer, MixtureOfExperts, MovingAverage, PreferenceAwareAttention
 from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
@@ -24,7 +24,8 @@ class DualPathLayer(nn.Module):
     """``gamma_1 PMA(x) + gamma_2 SSM(x)`` (eq. 3); either path can be left out.
 
     ``gamma`` is a softmax over two learned logits, which keeps the two weights comparable. With
-    ``input_dependent_fusion`` the logits are a linear map of both paths' outputs, so each position has its own.
+    ``input_dependent_fusion`` the logits are a linear map of both paths' outputs, so each position has its own. With a
+    ``filter_share`` ``s`` the output is ``1 - s`` parts of this and ``s`` parts of :class:`MovingAverage`.
     """
 
     def __init__(self, config, stacked: bool):
@@ -39,13 +40,15 @@ class DualPathLayer(nn.Module):
         if self.use_ssm:
             self.ssm = MambaLayer(
                 size, config["d_state"], config["d_conv"], config["expand"], dropout_prob, stacked,
-                config["ssm_backend"], config["ssm_block"], config["headdim"], config["filter_share"],
+                config["ssm_backend"], config["ssm_block"], config["headdim"],
             )  # fmt: skip
         self.fusion_gate = None
         if self.use_pma and self.use_ssm and config["input_dependent_fusion"]:
             self.fusion_gate = nn.Linear(2 * size, 2)
         elif self.use_pma and self.use_ssm:
             self.fusion_logits = nn.Parameter(torch.zeros(2))
+        self.filter_share = config["filter_share"]
+        self.filter = MovingAverage(size, dropout_prob, config["ssm_backend"]) if self.filter_share else None
 
     def fusion_weights(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """gamma_1 (attention) and gamma_2 (state space) for outputs ``[R, d]`` of the paths, ``[R, 2]``."""
@@ -57,6 +60,11 @@ class DualPathLayer(nn.Module):
         self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
     ) -> Tensor:
         """See :meth:`PreferenceAwareAttention.forward` for shapes."""
+        output = self._paths(x, item_embedding, cu_seqlens, read, last)
+        return self._with_filter(output, None if self.filter is None else self.filter(x, cu_seqlens, read, last))
+
+    def _paths(self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None, last: bool) -> Tensor:
+        """Eq. 3 of as many paths as there are."""
         if not self.use_ssm:
             return self.attention(x, item_embedding, cu_seqlens, read, last)
         if not self.use_pma:
@@ -72,28 +80,42 @@ class DualPathLayer(nn.Module):
         self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, length: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`PreferenceAwareAttention.prefill`."""
-        outputs, states = [], {}
+        attended, states = [], {}
         if self.use_pma:
             output, states["attention"] = self.attention.prefill(x, item_embedding, cu_seqlens, length)
-            outputs.append(output)
-        if self.use_ssm:
-            output, states["ssm"] = self.ssm.carry(x, cu_seqlens, self.ssm.initial_state(len(cu_seqlens) - 1))
-            outputs.append(output)
-        return self.fused(*outputs) if len(outputs) == 2 else outputs[0], of_layers(states)
+            attended.append(output)
+        start = {name: layer.initial_state(len(cu_seqlens) - 1) for name, layer in self._carrying().items()}
+        return self._carried(x, cu_seqlens, of_layers(start), attended, states)
 
     def step(
         self, x: Tensor, item_embedding: Tensor, position: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`PreferenceAwareAttention.step`."""
-        outputs, states = [], {}
+        attended, states = [], {}
         if self.use_pma:
             kept = by_layer(state, "attention")
             output, states["attention"] = self.attention.step(x, item_embedding, position, kept)
-            outputs.append(output)
-        if self.use_ssm:
-            output, states["ssm"] = self.ssm.carry(x, None, by_layer(state, "ssm"))
-            outputs.append(output)
-        return self.fused(*outputs) if len(outputs) == 2 else outputs[0], of_layers(states)
+            attended.append(output)
+        return self._carried(x, None, state, attended, states)
+
+    def _carrying(self) -> dict[str, Any]:
+        """What carries a state of its own, by the state's name."""
+        layers = {"ssm": self.ssm if self.use_ssm else None, "filter": self.filter}
+        return {name: layer for name, layer in layers.items() if layer is not None}
+
+    def _carried(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor], attended: list[Tensor], states: dict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's output after what attention gave, and all states, which are put to those of it."""
+        outputs = {}
+        for name, layer in self._carrying().items():
+            outputs[name], states[name] = layer.carry(x, cu_seqlens, by_layer(state, name))
+        paths = attended + ([outputs["ssm"]] if self.use_ssm else [])
+        output = self.fused(*paths) if len(paths) == 2 else paths[0]
+        return self._with_filter(output, outputs.get("filter")), of_layers(states)
+
+    def _with_filter(self, output: Tensor, filtered: Tensor | None) -> Tensor:
+        return output if filtered is None else torch.lerp(output, filtered.to(output.dtype), self.filter_share)
 
     def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""

@@ -41,6 +41,7 @@ ABLATIONS = [
     ("STARRec", {"ssm_backend": "reference"}),
     ("STARRec", {"ssm_block": "mamba3"}),
     ("STARRec", {"filter_share": 0.7}),
+    ("STARRec", {"filter_share": 0.5, "use_ssm": False}),
     ("SSD4Rec", {"bidirectional": False}),
     ("SSD4Rec", {"bidirectional": False, "train_mode": "sequence"}),
     ("SSD4Rec", {"mask_ratio": 0.0}),
