@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.mamba3 import Mamba3
-from recbole_ssm.layers.moving_average import MovingAverage
+from recbole_ssm.layers.moving_average import MovingAverage, with_filter
 from recbole_ssm.ops.packing import select_rows
 from recbole_ssm.settings import ModelSettings, divides, setting
 
@@ -104,8 +103,8 @@ class MambaLayer(nn.Module):
         hidden = self.dropout(self.mamba(x, cu_seqlens, read, last))
         if self.stacked:
             hidden = hidden + select_rows(x, read)
-        hidden = self.norm(hidden)
-        return hidden if self.filter is None else self._mixed(hidden, self.filter(x, cu_seqlens, read, last))
+        filtered = None if self.filter is None else self.filter(x, cu_seqlens, read, last)
+        return with_filter(self.norm(hidden), filtered, self.filter_share)
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
         """See :meth:`Mamba.initial_state`; with a filter that of :class:`MovingAverage`, too."""
@@ -119,7 +118,4 @@ class MambaLayer(nn.Module):
         if self.filter is None:
             return hidden, after
         filtered, low = self.filter.carry(x, cu_seqlens, state)
-        return self._mixed(hidden, filtered), {**after, **low}
-
-    def _mixed(self, hidden: Tensor, filtered: Tensor) -> Tensor:
-        return torch.lerp(hidden, filtered.to(hidden.dtype), self.filter_share)
+        return with_filter(hidden, filtered, self.filter_share), {**after, **low}

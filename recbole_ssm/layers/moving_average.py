@@ -71,3 +71,8 @@ class MovingAverage(nn.Module):
         """The layer's output for rows ``x [..., d]`` and their moving averages."""
         low = low.to(x.dtype)
         return self.norm(x + self.dropout(torch.lerp(low, x, self.beta.square().to(x.dtype))))
+
+
+def with_filter(output: Tensor, filtered: Tensor | None, share: float) -> Tensor:
+    """``1 - share`` parts of a layer's ``output`` and ``share`` parts of a filter's beside it, where there is one."""
+    return output if filtered is None else torch.lerp(output, filtered.to(output.dtype), share)

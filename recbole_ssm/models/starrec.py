@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, MovingAverage, PreferenceAwareAttention
 from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
+from recbole_ssm.layers.moving_average import with_filter
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
 from recbole_ssm.registry import register_model
@@ -61,7 +62,8 @@ class DualPathLayer(nn.Module):
     ) -> Tensor:
         """See :meth:`PreferenceAwareAttention.forward` for shapes."""
         output = self._paths(x, item_embedding, cu_seqlens, read, last)
-        return self._with_filter(output, None if self.filter is None else self.filter(x, cu_seqlens, read, last))
+        filtered = None if self.filter is None else self.filter(x, cu_seqlens, read, last)
+        return with_filter(output, filtered, self.filter_share)
 
     def _paths(self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None, last: bool) -> Tensor:
         """Eq. 3 of as many paths as there are."""
@@ -112,10 +114,7 @@ class DualPathLayer(nn.Module):
             outputs[name], states[name] = layer.carry(x, cu_seqlens, by_layer(state, name))
         paths = attended + ([outputs["ssm"]] if self.use_ssm else [])
         output = self.fused(*paths) if len(paths) == 2 else paths[0]
-        return self._with_filter(output, outputs.get("filter")), of_layers(states)
-
-    def _with_filter(self, output: Tensor, filtered: Tensor | None) -> Tensor:
-        return output if filtered is None else torch.lerp(output, filtered.to(output.dtype), self.filter_share)
+        return with_filter(output, outputs.get("filter"), self.filter_share), of_layers(states)
 
     def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""
