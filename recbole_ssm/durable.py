@@ -58,6 +58,7 @@ class DurableTraining(Trainer):
     """
 
     resumable = True
+    model: Any
     evaluator: Any
     tensorboard: Any
 
@@ -158,6 +159,17 @@ class DurableTraining(Trainer):
         """Index of the epoch whose model is kept."""
         return None if self._best is None else self._best["epoch"]
 
+    def _evaluated_model(self) -> Any:
+        """The model that validation judges and a checkpoint keeps: that which is trained, or one made of it."""
+        return self.model
+
+    def _valid_epoch(self, valid_data, show_progress=False):
+        trained, self.model = self.model, self._evaluated_model()
+        try:
+            return super()._valid_epoch(valid_data, show_progress)
+        finally:
+            self.model = trained
+
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
         """The steps of an epoch, by the loop of RecBole's trainer; returns its sum of losses."""
         return super()._train_epoch(train_data, epoch_idx, loss_func=loss_func, show_progress=show_progress)
@@ -232,10 +244,11 @@ class DurableTraining(Trainer):
 
         The file is written once RecBole has noted the epoch's result too, after its evaluation.
         """
+        model = self._evaluated_model()
         self._best = {
             "epoch": epoch,
-            "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()},
-            "other_parameter": self.model.other_parameter(),
+            "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()},
+            "other_parameter": model.other_parameter(),
         }
         if not self._validates:
             self._write_checkpoint(epoch)
@@ -264,7 +277,7 @@ class DurableTraining(Trainer):
             "best_valid_result": best_valid_result,
             "resume": resume,
             **self._identity,
-            **(self._best or {"epoch": epoch, "state_dict": resume["state_dict"]}),
+            **(self._best or {"epoch": epoch, "state_dict": self._evaluated_model().state_dict()}),
         }
         save_checkpoint(self.saved_model_file, state)
         self._written_epoch = epoch

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_ssm.checkpoint import expect
+from recbole_ssm.averaging import WeightAverage
+from recbole_ssm.checkpoint import expect, load_weights
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.distributed import weight_of, world_size
 from recbole_ssm.durable import DurableTraining
@@ -71,7 +72,9 @@ class SequenceTrainer(DurableTraining):
     device has it, in evaluation too (float16, whose range is small, only elsewhere, and then always scaled). One
     gradient scaler serves the whole run and its resumption; gradients are clipped by their true size. The loss is
     not waited for at each step, and the optimizer's step is one fused kernel. ``learning_rate`` follows
-    ``lr_scheduler_type``, ``warmup_ratio`` and ``lr_restarts`` (:func:`learning_rate_factor`) over ``epochs``.
+    ``lr_scheduler_type``, ``warmup_ratio`` and ``lr_restarts`` (:func:`learning_rate_factor`) over ``epochs``. With an
+    ``ema_decay`` the running average of the weights (:class:`~recbole_ssm.averaging.WeightAverage`) is what is
+    evaluated and kept.
 
     On a GPU batches are packed on the host by a thread of their own, and steps replay as CUDA graphs
     (``cuda_graphs``, :class:`~recbole_ssm.graphs.GraphedSteps`).
@@ -86,6 +89,7 @@ class SequenceTrainer(DurableTraining):
         self.lr_schedule = (
             config["lr_scheduler_type"] or "constant", config["warmup_ratio"] or 0.0, config["lr_restarts"] or 0
         )  # fmt: skip
+        self.average = WeightAverage(model, config["ema_decay"]) if config["ema_decay"] else None
         self._shared_loss = None
         self._loss_of: Any = None
         self._rate: float | None = None  # which the optimizer has
@@ -189,6 +193,8 @@ class SequenceTrainer(DurableTraining):
                 packs = isinstance(self.model, PackedRecommender)
                 terms = self._backward(batch if packs else batch.to(self.device), weight)
                 self._update()
+            if self.average is not None:
+                self.average.update()
             total = torch.zeros_like(terms, dtype=torch.float64) if total is None else total
             total.add_(terms, alpha=weight / world_size())
             if on_gpu and step % STEPS_PER_CHECK == 0:
@@ -252,10 +258,25 @@ class SequenceTrainer(DurableTraining):
             else:
                 group["lr"] = rate
 
+    def fit(self, *args, **kwargs):
+        """See :meth:`DurableTraining.fit`; what it leaves in the model is what its last epoch was judged by."""
+        result = super().fit(*args, **kwargs)
+        self.model.load_state_dict(self._evaluated_model().state_dict())
+        return result
+
+    def _evaluated_model(self) -> Any:
+        return super()._evaluated_model() if self.average is None else self.average.model
+
     def _more_state(self) -> dict[str, Any]:
-        return {"scaler": self.scaler.state_dict()}
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {"scaler": self.scaler.state_dict(), **average}
 
     def _take_more_state(self, resume: dict[str, Any]) -> None:
+        if self.average is not None:
+            expect(self.saved_model_file, resume, average=dict)
+            expect(self.saved_model_file, resume["average"], steps=int)
+            load_weights(self.average.model, resume["average"], self.saved_model_file)
+            self.average.steps = resume["average"]["steps"]
         if self.scaler.is_enabled() and resume.get("scaler"):
             numbers = dict.fromkeys(self.scaler.state_dict(), (int, float))
             expect(self.saved_model_file, resume["scaler"], **numbers)

@@ -297,10 +297,11 @@ def test_saved_false_writes_nothing():
     assert not list(Path("saved").glob("*"))
 
 
-def test_a_schedule_goes_on_where_it_was():
-    """Interrupted after two of four epochs of a cosine: the same weights as in one go."""
+@pytest.mark.parametrize("more", [{"lr_scheduler_type": "cosine", "warmup_ratio": 0.3}, {"ema_decay": 0.9}])
+def test_a_run_goes_on_where_it_was(more):
+    """Interrupted after two of four epochs, of a cosine or an average: the same weights as in one go."""
     write_dataset("tiny", random_rows())
-    settings = {"epochs": 4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "learning_rate": 0.01}
+    settings = {"epochs": 4, "learning_rate": 0.01, **more}
     whole = train_and_test(small_config("Mamba4Rec", checkpoint_dir="whole", **settings))
 
     def interrupt(epoch, _score):
@@ -312,8 +313,10 @@ def test_a_schedule_goes_on_where_it_was():
     (file,) = map(str, Path("parts").glob("*.pth"))
     resumed = train_and_test(config_of(file), resume_file=file)
     assert resumed.result == whole.result
-    for parameter, value in load_checkpoint(whole.checkpoint)["resume"]["state_dict"].items():
-        assert torch.equal(value, load_checkpoint(file)["resume"]["state_dict"][parameter])
+    ended, again = load_checkpoint(whole.checkpoint), load_checkpoint(file)
+    for parts in ((ended["resume"], again["resume"]), (ended, again)):
+        for parameter, value in parts[0]["state_dict"].items():
+            assert torch.equal(value, parts[1]["state_dict"][parameter])
 
 
 def test_a_part_of_eval_args_keeps_the_checkpoints_split():

@@ -9,6 +9,7 @@ from recbole.trainer import Trainer
 from torch.nn.utils import clip_grad_norm_
 
 from recbole_ssm import UserError
+from recbole_ssm.checkpoint import load_checkpoint
 from recbole_ssm.trainer import STEPS_PER_CHECK, SequenceTrainer, get_trainer, learning_rate_factor
 
 from .conftest import build
@@ -174,6 +175,34 @@ def test_the_learning_rate_follows_its_schedule(name, monkeypatch):
     assert rates[int(half)] == pytest.approx(0.25, rel=0.2)
     assert 0 < rates[-1] < 0.1
     assert trainer.learning_rate == 0.5
+
+
+def test_an_average_of_weights_is_judged_and_kept(monkeypatch):
+    """After each step a_n = b_n a_(n-1) + (1 - b_n) w_n; validation, checkpoint and model get it."""
+    trainer, (train_data, valid_data, _) = trainer_of(ema_decay=0.5, epochs=2, learning_rate=0.05)
+    expected, steps, judged = trainer.model.item_embedding.weight.detach().double(), 0, []
+    update, evaluate = trainer._update, trainer.evaluate
+
+    def watched():
+        nonlocal expected, steps
+        update()
+        steps += 1
+        decay = min(0.5, steps / (steps + 9))
+        expected = decay * expected + (1 - decay) * trainer.model.item_embedding.weight.detach().double()
+
+    def judging(*args, **kwargs):
+        judged.append(trainer.model.item_embedding.weight.clone())
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_update", watched)
+    monkeypatch.setattr(trainer, "evaluate", judging)
+    trainer.fit(train_data, valid_data, verbose=False)
+    assert steps > 9  # past the steps in which the decay rises
+    assert torch.allclose(judged[-1].double(), expected, atol=1e-6)
+    assert torch.equal(trainer.model.item_embedding.weight, judged[-1])
+    kept = load_checkpoint(trainer.saved_model_file)
+    assert torch.equal(kept["state_dict"]["item_embedding.weight"], judged[trainer.best_epoch])
+    assert not torch.equal(kept["resume"]["state_dict"]["item_embedding.weight"], judged[-1])
 
 
 @pytest.mark.parametrize("loss_type", ["BCE", "gBCE"])

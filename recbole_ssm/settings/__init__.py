@@ -50,7 +50,7 @@ __all__ = [
 # Of our settings, values that ask a model which does not read them for nothing.
 NEUTRAL = {
     "train_mode": ("prefix",), "time_order": ("float32",), "lr_scheduler_type": ("constant",), "warmup_ratio": (0,),
-    "lr_restarts": (0,),
+    "lr_restarts": (0,), "ema_decay": (0,),
     "cuda_graphs": ("auto", "off"), "exclude_history": (False,), "temperature": (None,), "label_smoothing": (0,),
     "use_time_gaps": (False,), "use_clock": (False,), "request_time": ("unknown",), "gbce_t": (),
     "item_features": (None,), "feature_fusion": ("sum",), "score_features": (False,),

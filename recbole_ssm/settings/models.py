@@ -42,6 +42,12 @@ class Scheduled(BaseModel):
     lr_restarts: int = setting(
         0, "How often a learning rate that falls begins anew, in equal parts of the run (SGDR).", ge=0, le=10_000
     )
+    ema_decay: float = setting(
+        0.0,
+        "Decay, a step, of a running average of the weights, which is evaluated and kept in their place; 0 leaves it "
+        "out.",
+        ge=0, lt=1,
+    )  # fmt: skip
 
 
 class OnePass(Scheduled, Sequential):

@@ -52,16 +52,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "NARM": {"hidden_size": 8, "embedding_size": 8},
     "BPR": {"embedding_size": 8},
 }
-SHARED = ["lr_scheduler_type", "warmup_ratio", "lr_restarts", "train_mode", "time_order", "cuda_graphs",
-          "exclude_history", "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock", "request_time",
-          "ssm_backend", "loss_type"]  # fmt: skip
+SHARED = ["lr_scheduler_type", "warmup_ratio", "lr_restarts", "ema_decay", "train_mode", "time_order",
+          "cuda_graphs", "exclude_history", "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock",
+          "request_time", "ssm_backend", "loss_type"]  # fmt: skip
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]
 _BLOCKS = [*_MAMBA, "ssm_block", "headdim", "filter_share"]
 OWN: dict[str, list[str]] = {
     "STARRec": [
-        *_BLOCKS, "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
+        *_BLOCKS, "feed_forward", "use_position_embedding", "use_ssm", "use_pma", "n_heads", "use_similarity",
         "similarity_threshold", "pma_residual", "attention_window", "input_dependent_fusion", "use_moe", "moe_level",
         "n_experts", "experts_per_token", "diversity_weight", "balance_weight",
     ],

@@ -237,7 +237,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "MAX_ITEM_LIST_LENGTH": (whole(1, 2**24), [1, 2, 5, 40, 0, -1, 5.0, 2**30]),
     # Of models.
     "lr_scheduler_type": (one_of("constant", "linear", "cosine"), ["constant", "linear", "cosine", "step", True]),
-    "warmup_ratio": _SHARE, "lr_restarts": (whole(0, 10_000), [0, 1, 3, -1, 1.5, "2"]),
+    "warmup_ratio": _SHARE, "lr_restarts": (whole(0, 10_000), [0, 1, 3, -1, 1.5, "2"]), "ema_decay": _SHARE,
     "train_mode": (one_of("sequence", "prefix"), ["sequence", "prefix", "row", True]),
     "time_order": (one_of("exact", "float32"), ["exact", "float32", "file"]),
     "cuda_graphs": (either(one_of("auto", "on", "off"), switch), ["auto", "on", "off", True, False, "yes", 1]),
@@ -265,7 +265,8 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "time_aware": _SWITCH, "time_dropout_prob": _SHARE, "d_time_state": (whole(1, 2**12), [1, 2, 16, 0, -1, 2.5]),
     "time_unit": (number(0, 1e15, above=True), [1, 86400, 0.5, 0, -1, "1"]),
     "use_time_gaps": _SWITCH, "use_position_embedding": _SWITCH, "use_ssm": _SWITCH, "use_pma": _SWITCH,
-    "use_similarity": _SWITCH, "pma_residual": _SWITCH, "input_dependent_fusion": _SWITCH, "use_moe": _SWITCH,
+    "use_similarity": _SWITCH, "feed_forward": _SWITCH, "pma_residual": _SWITCH,
+    "input_dependent_fusion": _SWITCH, "use_moe": _SWITCH,
     "similarity_threshold": (either(number(-1, 1), listed(number(-1, 1), 1)),
                              [0.0, -1, 1, [0.1, 0.2], [0.1], 2, [], [0.1, math.nan], [[0.1, 0.2]]]),
     "attention_window": (either(empty, whole(1)), [None, 1, 3, 10**6, 0, -1]),
