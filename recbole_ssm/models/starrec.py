@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, MovingAverage, PreferenceAwareAttention
 from recbole_ssm.layers.blocks import BlockSettings
+from recbole_ssm.layers.feed_forward import FeedForward
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.layers.moving_average import with_filter
 from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
@@ -26,11 +27,17 @@ class DualPathLayer(nn.Module):
 
     ``gamma`` is a softmax over two learned logits, which keeps the two weights comparable. With
     ``input_dependent_fusion`` the logits are a linear map of both paths' outputs, so each position has its own. With a
-    ``filter_share`` ``s`` the output is ``1 - s`` parts of this and ``s`` parts of :class:`MovingAverage`.
+    ``filter_share`` ``s`` the output is ``1 - s`` parts of this and ``s`` parts of :class:`MovingAverage`. A
+    feed-forward network follows if another layer does and ``feed_forward`` is set.
+
+    Args:
+        config: the model's settings.
+        last: whether no layer follows.
     """
 
-    def __init__(self, config, stacked: bool):
+    def __init__(self, config, last: bool):
         super().__init__()
+        stacked = config["num_layers"] > 1
         size, dropout_prob = config["hidden_size"], config["dropout_prob"]
         self.use_pma, self.use_ssm = config["use_pma"], config["use_ssm"]
         if self.use_pma:
@@ -50,6 +57,7 @@ class DualPathLayer(nn.Module):
             self.fusion_logits = nn.Parameter(torch.zeros(2))
         self.filter_share = config["filter_share"]
         self.filter = MovingAverage(size, dropout_prob, config["ssm_backend"]) if self.filter_share else None
+        self.feed_forward = FeedForward(size, dropout_prob) if config["feed_forward"] and not last else None
 
     def fusion_weights(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """gamma_1 (attention) and gamma_2 (state space) for outputs ``[R, d]`` of the paths, ``[R, 2]``."""
@@ -63,7 +71,11 @@ class DualPathLayer(nn.Module):
         """See :meth:`PreferenceAwareAttention.forward` for shapes."""
         output = self._paths(x, item_embedding, cu_seqlens, read, last)
         filtered = None if self.filter is None else self.filter(x, cu_seqlens, read, last)
-        return with_filter(output, filtered, self.filter_share)
+        return self._output(output, filtered)
+
+    def _output(self, output: Tensor, filtered: Tensor | None) -> Tensor:
+        output = with_filter(output, filtered, self.filter_share)
+        return output if self.feed_forward is None else self.feed_forward(output)
 
     def _paths(self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None, last: bool) -> Tensor:
         """Eq. 3 of as many paths as there are."""
@@ -114,7 +126,7 @@ class DualPathLayer(nn.Module):
             outputs[name], states[name] = layer.carry(x, cu_seqlens, by_layer(state, name))
         paths = attended + ([outputs["ssm"]] if self.use_ssm else [])
         output = self.fused(*paths) if len(paths) == 2 else paths[0]
-        return with_filter(output, outputs.get("filter"), self.filter_share), of_layers(states)
+        return self._output(output, outputs.get("filter")), of_layers(states)
 
     def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
         """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""
@@ -135,6 +147,9 @@ class STARRecSettings(BlockSettings):
     )  # fmt: skip
     num_layers: int = setting(
         1, "Number of dual-path layers.", "Paper, table 4: one layer is best.", ge=1, le=1024, fixed=True
+    )
+    feed_forward: bool = setting(
+        False, "Whether a position-wise feed-forward network stands between two layers.", fixed=True
     )
     dropout_prob: float = setting(0.2, "Dropout rate.", "Paper.", ge=0, lt=1)
     use_position_embedding: bool = setting(
@@ -239,7 +254,7 @@ class STARRec(PackedRecommender):
         self.dropout = nn.Dropout(dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         n_layers = config["num_layers"]
-        self.layers = nn.ModuleList(DualPathLayer(config, n_layers > 1) for _ in range(n_layers))
+        self.layers = nn.ModuleList(DualPathLayer(config, i == n_layers - 1) for i in range(n_layers))
         self.mixture = (
             MixtureOfExperts(self.hidden_size, config["n_experts"], dropout_prob, config["experts_per_token"])
             if config["use_moe"]

@@ -37,6 +37,7 @@ ABLATIONS = [
     ("STARRec", {"moe_level": "position"}),
     ("STARRec", {"use_time_gaps": True}),
     ("STARRec", {"num_layers": 2}),
+    ("STARRec", {"num_layers": 3, "feed_forward": True}),
     ("STARRec", {"train_mode": "prefix"}),
     ("STARRec", {"ssm_backend": "reference"}),
     ("STARRec", {"ssm_block": "mamba3"}),

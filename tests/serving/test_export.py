@@ -41,7 +41,7 @@ MORE = {
     "SS4Rec, the request's time": ("SS4Rec", {"request_time": "known"}),
     "BSARec": ("BSARec", {}),
     "BSARec, time gaps": ("BSARec", {"use_time_gaps": True}),
-    "STARRec, filter": ("STARRec", {"filter_share": 0.7, "num_layers": 2}),
+    "STARRec, filter": ("STARRec", {"filter_share": 0.7, "num_layers": 2, "feed_forward": True}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "input_dependent_fusion": True}),
     "STARRec, window": ("STARRec", {"attention_window": 4, "use_similarity": False, "moe_level": "position"}),
     "STARRec, attention": ("STARRec", {"use_ssm": False, "similarity_threshold": 0.3, "use_position_embedding": False}),

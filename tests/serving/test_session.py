@@ -29,7 +29,7 @@ STEPPING = {
     "SS4Rec, asked at a time": ("SS4Rec", {"time_unit": 1000.0, "request_time": "known"}),
     "STARRec": ("STARRec", {}),
     "STARRec, mamba3": ("STARRec", {"ssm_block": "mamba3", "num_layers": 2}),
-    "STARRec, filter": ("STARRec", {"filter_share": 0.7, "num_layers": 2}),
+    "STARRec, filter": ("STARRec", {"filter_share": 0.7, "num_layers": 2, "feed_forward": True}),
     "STARRec, two layers": ("STARRec", {"num_layers": 2, "use_time_gaps": True, "input_dependent_fusion": True}),
     "STARRec, window": ("STARRec", {"attention_window": 7, "use_similarity": False, "moe_level": "position"}),
     "STARRec, attention": (
