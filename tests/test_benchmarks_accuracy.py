@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -362,6 +363,22 @@ def test_what_a_search_found_is_kept_with_its_plan(tmp_path, monkeypatch):
     assert not tuning.is_kept(longer, *which, tmp_path)
     file.unlink()  # as where a kill came before it was written
     assert not tuning.is_kept(shipped, *which, tmp_path)
+
+
+def test_what_is_unset_in_the_best_trial_stays_so(tmp_path, monkeypatch):
+    shared = {"trial": "a", "status": "finished", "reason": "", "seconds": 1.0}
+    scores = [(0.5, None, 2), (0.4, 0.07, 1), (None, 0.07, 1)]  # the last one failed
+    table = pd.DataFrame([{**shared, METRIC: s, "temperature": t, "num_layers": n} for s, t, n in scores])
+    monkeypatch.setattr(study, "tuned_file", lambda *_: tmp_path / "tuned.yaml")
+    space = {"temperature": [None, 0.07], "num_layers": [1, 2]}
+    which = {"model": "STARRec", "dataset": "ml-100k", "protocol": FULL}
+    found = {**which, "settings": {"valid_metric": "NDCG@10"}, "space": space, "trials": tuning._rows(table)}
+    tuning.write(found, Study.read(study.FILE), tmp_path)
+    assert (
+        yaml.safe_load((tmp_path / "tuned.yaml").read_text()).items() >= {"temperature": None, "num_layers": 2}.items()
+    )
+    kept = json.loads((tmp_path / "tuning" / "tuned.json").read_text())["trials"]
+    assert [(trial[METRIC], trial["temperature"], trial["num_layers"]) for trial in kept] == scores[:2]
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.accuracy.runs import SHIPPED
 from benchmarks.accuracy.study import Study, write_tuned
 from benchmarks.environment import environment
@@ -58,16 +60,21 @@ def tune(study: Study, model: str, dataset: str, protocol: str, data_path: str, 
         )
     search = Search.read(folder)
     best(results, search)
-    table = trials(results, search)
-    rows = table[table[METRIC].notna()].drop(columns=list(LEFT_OUT)).to_dict("records")
     return {
         "model": model,
         "dataset": dataset,
         "protocol": protocol,
         "environment": {**about, "threads": search.cpus_per_trial},
         **plan,
-        "trials": rows,
+        "trials": _rows(trials(results, search)),
     }
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The trials that came to a score; what is unset in one (``~``) is None, not the NaN of a column of numbers."""
+    scored = table[table[METRIC].notna()].drop(columns=list(LEFT_OUT)).astype(object)
+    rows: Any = scored.where(scored.notna(), None).to_dict("records")
+    return rows
 
 
 def _plan(study: Study, model: str, dataset: str, protocol: str) -> dict[str, Any]:

@@ -23,6 +23,18 @@ SPARSE_TRAINING: Settings = {
     "epochs": 100, "stopping_step": 8, "valid_metric": "NDCG@10", "exclude_history": True,
 }  # fmt: skip
 FILTERED: Settings = {"num_layers": 2, "filter_share": 0.7, "temperature": 0.07, "dropout_prob": 0.5}
+SPARSE_VARIANTS: dict[str, Settings] = {
+    "all of it": {},
+    "one layer": {"num_layers": 1},
+    "w/o feed-forward": {"feed_forward": False},
+    "w/o filter": {"filter_share": 0.0},
+    "w/o cosine scores": {"temperature": None},
+    "w/o average of weights": {"ema_decay": 0.0},
+    "w/o state space": {"use_ssm": False},
+    "w/o attention": {"use_pma": False},
+    "w/o experts": {"use_moe": False},
+    "none of it": {"num_layers": 1, "filter_share": 0.0, "temperature": None, "ema_decay": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -103,21 +115,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "until validation with the history excluded has not improved for 9 epochs. Mamba4Rec has layers, filter and "
         "scores as STARRec",
         ("STARRec",),
-        {
-            name: {**SPARSE_TRAINING, **change}
-            for name, change in {
-                "all of it": {},
-                "one layer": {"num_layers": 1},
-                "w/o feed-forward": {"feed_forward": False},
-                "w/o filter": {"filter_share": 0.0},
-                "w/o cosine scores": {"temperature": None},
-                "w/o average of weights": {"ema_decay": 0.0},
-                "w/o state space": {"use_ssm": False},
-                "w/o attention": {"use_pma": False},
-                "w/o experts": {"use_moe": False},
-                "none of it": {"num_layers": 1, "filter_share": 0.0, "temperature": None, "ema_decay": 0.0},
-            }.items()
-        },
+        {name: {**SPARSE_TRAINING, **change} for name, change in SPARSE_VARIANTS.items()},
         datasets=("amazon-beauty", "amazon-video-games"),
         model_settings={
             "STARRec": {**FILTERED, "feed_forward": True, "use_position_embedding": False},
