@@ -536,13 +536,15 @@ def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):
 
 def test_a_variant_that_tuning_chose_stands_once():
     runs = {("M", "as tuned"): ["a"], ("M", "w/o x"): ["a"], ("M", "w/o y"): ["b"], ("N", "as tuned"): ["c"]}
-    experiment = SimpleNamespace(specs=lambda *_: runs)
+    experiment = SimpleNamespace(specs=lambda *_: runs, datasets=None)
     store = SimpleNamespace(seeds=lambda: [1], of=lambda names: [{"id": name, "seed": 1} for name in names])
     found = experiments_report._rows(store, None, experiment, "tiny")
     assert list(found) == [("M", "as tuned"), ("M", "w/o y"), ("N", "as tuned")]
-    assert experiments_report._varied(found)
+    assert experiments_report._compares(experiment, found)
     del found["M", "w/o y"]
-    assert not experiments_report._varied(found)
+    assert not experiments_report._compares(experiment, found)
+    experiment.datasets = ("tiny",)  # whose models the study does not compare
+    assert experiments_report._compares(experiment, found)
 
 
 def test_means_are_compared_over_the_same_seeds():

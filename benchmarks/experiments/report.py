@@ -39,7 +39,7 @@ def write_pages(results: Path, file: Path) -> None:
     )
     for name, experiment in EXPERIMENTS.items():
         found = {dataset: _rows(store, study, experiment, dataset) for dataset in _datasets(study, experiment)}
-        found = {dataset: rows for dataset, rows in found.items() if _varied(rows)}
+        found = {dataset: rows for dataset, rows in found.items() if _compares(experiment, rows)}
         if not found:
             continue
         page.heading(experiment.title)
@@ -70,10 +70,10 @@ def _rows(store: Store, study: Study, experiment: Experiment, dataset: str) -> R
     return same_seeds(found)
 
 
-def _varied(rows: Rows) -> bool:
-    """Whether there are two variants of any model."""
+def _compares(experiment: Experiment, rows: Rows) -> bool:
+    """Whether there are two variants of any model, or two models on a set of the experiment's own."""
     models = [model for model, _ in rows]
-    return len(models) > len(set(models))
+    return len(models) > (len(set(models)) if experiment.datasets is None else 1)
 
 
 def _ndcg(rows: list[dict[str, Any]], protocol: str) -> tuple[float, float | None]:
