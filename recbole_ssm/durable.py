@@ -58,7 +58,6 @@ class DurableTraining(Trainer):
     """
 
     resumable = True
-    model: Any
     evaluator: Any
     tensorboard: Any
 
@@ -159,16 +158,13 @@ class DurableTraining(Trainer):
         """Index of the epoch whose model is kept."""
         return None if self._best is None else self._best["epoch"]
 
-    def _evaluated_model(self) -> Any:
-        """The model that validation judges and a checkpoint keeps: that which is trained, or one made of it."""
-        return self.model
+    def _evaluated_weights(self) -> AbstractContextManager:
+        """Puts the weights that validation judges and a checkpoint keeps into the model, where it trains others."""
+        return nullcontext()
 
     def _valid_epoch(self, valid_data, show_progress=False):
-        trained, self.model = self.model, self._evaluated_model()
-        try:
+        with self._evaluated_weights():
             return super()._valid_epoch(valid_data, show_progress)
-        finally:
-            self.model = trained
 
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):
         """The steps of an epoch, by the loop of RecBole's trainer; returns its sum of losses."""
@@ -244,16 +240,16 @@ class DurableTraining(Trainer):
 
         The file is written once RecBole has noted the epoch's result too, after its evaluation.
         """
-        model = self._evaluated_model()
-        self._best = {
-            "epoch": epoch,
-            "state_dict": {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()},
-            "other_parameter": model.other_parameter(),
-        }
+        self._best = {"epoch": epoch, **self._kept_model(), "other_parameter": self.model.other_parameter()}
         if not self._validates:
             self._write_checkpoint(epoch)
         if verbose:
             self.logger.info(f"Saving current: {self.saved_model_file}")
+
+    def _kept_model(self) -> dict[str, Any]:
+        """A copy of the weights that validation judges, as a checkpoint's ``state_dict``."""
+        with self._evaluated_weights():
+            return {"state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}}
 
     def _write_checkpoint(self, epoch: int) -> None:
         states = from_all(random_state())
@@ -277,7 +273,7 @@ class DurableTraining(Trainer):
             "best_valid_result": best_valid_result,
             "resume": resume,
             **self._identity,
-            **(self._best or {"epoch": epoch, "state_dict": self._evaluated_model().state_dict()}),
+            **(self._best or {"epoch": epoch, **self._kept_model()}),
         }
         save_checkpoint(self.saved_model_file, state)
         self._written_epoch = epoch

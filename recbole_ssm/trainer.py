@@ -261,22 +261,24 @@ class SequenceTrainer(DurableTraining):
     def fit(self, *args, **kwargs):
         """See :meth:`DurableTraining.fit`; what it leaves in the model is what its last epoch was judged by."""
         result = super().fit(*args, **kwargs)
-        self.model.load_state_dict(self._evaluated_model().state_dict())
+        if self.average is not None:
+            self.model.load_state_dict(self._kept_model()["state_dict"])
         return result
 
-    def _evaluated_model(self) -> Any:
-        return super()._evaluated_model() if self.average is None else self.average.model
+    def _evaluated_weights(self) -> AbstractContextManager:
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _more_state(self) -> dict[str, Any]:
-        average = {} if self.average is None else {"average": self.average.state_dict()}
+        average = {} if self.average is None else {"average": {"steps": self.average.steps, **self._kept_model()}}
         return {"scaler": self.scaler.state_dict(), **average}
 
     def _take_more_state(self, resume: dict[str, Any]) -> None:
         if self.average is not None:
             expect(self.saved_model_file, resume, average=dict)
             expect(self.saved_model_file, resume["average"], steps=int)
-            load_weights(self.average.model, resume["average"], self.saved_model_file)
-            self.average.steps = resume["average"]["steps"]
+            load_weights(self.model, resume["average"], self.saved_model_file)
+            self.average.start_from(resume["average"]["steps"])
+            load_weights(self.model, resume, self.saved_model_file)
         if self.scaler.is_enabled() and resume.get("scaler"):
             numbers = dict.fromkeys(self.scaler.state_dict(), (int, float))
             expect(self.saved_model_file, resume["scaler"], **numbers)

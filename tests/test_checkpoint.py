@@ -20,6 +20,7 @@ from recbole_ssm.checkpoint import load_checkpoint, random_state, save_checkpoin
 from recbole_ssm.errors import CannotWrite
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
 from recbole_ssm.registry import MODELS
+from recbole_ssm.trainer import get_trainer
 
 from .conftest import Trap, random_rows, small_config, small_settings, write_dataset
 
@@ -317,6 +318,18 @@ def test_a_run_goes_on_where_it_was(more):
     for parts in ((ended["resume"], again["resume"]), (ended, again)):
         for parameter, value in parts[0]["state_dict"].items():
             assert torch.equal(value, parts[1]["state_dict"][parameter])
+
+
+def test_an_average_is_judged_anew_by_a_model_that_keeps_what_it_made_of_its_weights():
+    """LightGCN, which propagates its embeddings once and keeps them until it trains again."""
+    write_dataset("tiny", random_rows())
+    settings = {"epochs": 3, "learning_rate": 0.05, "ema_decay": 0.5, "show_progress": False, "state": "ERROR"}
+    run = train_and_test(Config("LightGCN", "tiny", config_dict=settings))
+    assert run.best_epoch > 0
+    assert evaluate(run.checkpoint, {"show_progress": False}).result["test_result"] == run.result["test_result"]
+    config, model, _, _, valid_data, _ = load_data_and_model(run.checkpoint)
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    assert trainer.evaluate(valid_data, load_best_model=False) == run.result["best_valid_result"]
 
 
 def test_a_part_of_eval_args_keeps_the_checkpoints_split():
