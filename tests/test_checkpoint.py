@@ -326,8 +326,8 @@ def test_an_average_is_judged_anew_by_a_model_that_keeps_what_it_made_of_its_wei
     settings = {"epochs": 3, "learning_rate": 0.05, "ema_decay": 0.5, "show_progress": False, "state": "ERROR"}
     run = train_and_test(Config("LightGCN", "tiny", config_dict=settings))
     assert run.best_epoch > 0
-    assert evaluate(run.checkpoint, {"show_progress": False}).result["test_result"] == run.result["test_result"]
     config, model, _, _, valid_data, _ = load_data_and_model(run.checkpoint)
+    model.restore_user_e = model.restore_item_e = None  # made of these weights now
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     assert trainer.evaluate(valid_data, load_best_model=False) == run.result["best_valid_result"]
 
