@@ -240,16 +240,20 @@ class DurableTraining(Trainer):
 
         The file is written once RecBole has noted the epoch's result too, after its evaluation.
         """
-        self._best = {"epoch": epoch, **self._kept_model(), "other_parameter": self.model.other_parameter()}
+        self._best = {
+            "epoch": epoch,
+            "state_dict": self._kept_weights(),
+            "other_parameter": self.model.other_parameter(),
+        }
         if not self._validates:
             self._write_checkpoint(epoch)
         if verbose:
             self.logger.info(f"Saving current: {self.saved_model_file}")
 
-    def _kept_model(self) -> dict[str, Any]:
+    def _kept_weights(self) -> dict[str, torch.Tensor]:
         """A copy of the weights that validation judges, as a checkpoint's ``state_dict``."""
         with self._evaluated_weights():
-            return {"state_dict": {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}}
+            return {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
 
     def _write_checkpoint(self, epoch: int) -> None:
         states = from_all(random_state())
@@ -273,7 +277,7 @@ class DurableTraining(Trainer):
             "best_valid_result": best_valid_result,
             "resume": resume,
             **self._identity,
-            **(self._best or {"epoch": epoch, **self._kept_model()}),
+            **(self._best or {"epoch": epoch, "state_dict": self._kept_weights()}),
         }
         save_checkpoint(self.saved_model_file, state)
         self._written_epoch = epoch

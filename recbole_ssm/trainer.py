@@ -262,15 +262,17 @@ class SequenceTrainer(DurableTraining):
         """See :meth:`DurableTraining.fit`; what it leaves in the model is what its last epoch was judged by."""
         result = super().fit(*args, **kwargs)
         if self.average is not None:
-            self.model.load_state_dict(self._kept_model()["state_dict"])
+            self.model.load_state_dict(self._kept_weights())
         return result
 
     def _evaluated_weights(self) -> AbstractContextManager:
         return nullcontext() if self.average is None else self.average.applied()
 
     def _more_state(self) -> dict[str, Any]:
-        average = {} if self.average is None else {"average": {"steps": self.average.steps, **self._kept_model()}}
-        return {"scaler": self.scaler.state_dict(), **average}
+        more: dict[str, Any] = {"scaler": self.scaler.state_dict()}
+        if self.average is not None:
+            more["average"] = {"steps": self.average.steps, "state_dict": self._kept_weights()}
+        return more
 
     def _take_more_state(self, resume: dict[str, Any]) -> None:
         if self.average is not None:

@@ -393,14 +393,14 @@ def test_models_beside_an_experiment_are_run_once():
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "amazon-beauty", [1])
     beside = ("Mamba4Rec", "SASRec", "eSASRec")
-    assert [key for key in found if key[0] in beside] == [(model, "all of it") for model in beside]
+    assert [key for key in found if key[0] in beside] == [(model, "whole model") for model in beside]
     assert sum(model == "STARRec" for model, _ in found) == 10
     for (spec,) in found.values():
         spec.config()
         assert not spec.settings["tuned"]
-    assert found["STARRec", "all of it"][0].settings["filter_share"] == 0.7
+    assert found["STARRec", "whole model"][0].settings["filter_share"] == 0.7
     assert found["STARRec", "w/o filter"][0].settings["filter_share"] == 0.0
-    assert found["SASRec", "all of it"][0].settings["hidden_dropout_prob"] == 0.5
+    assert found["SASRec", "whole model"][0].settings["hidden_dropout_prob"] == 0.5
     assert not experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "ml-1m", [1])
 
 

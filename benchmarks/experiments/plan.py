@@ -24,7 +24,7 @@ SPARSE_TRAINING: Settings = {
 }  # fmt: skip
 FILTERED: Settings = {"num_layers": 2, "filter_share": 0.7, "temperature": 0.07, "dropout_prob": 0.5}
 SPARSE_VARIANTS: dict[str, Settings] = {
-    "all of it": {},
+    "whole model": {},
     "one layer": {"num_layers": 1},
     "w/o feed-forward": {"feed_forward": False},
     "w/o filter": {"filter_share": 0.0},
