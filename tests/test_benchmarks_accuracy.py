@@ -404,25 +404,35 @@ def test_models_beside_an_experiment_are_run_once():
     assert not experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "ml-1m", [1])
 
 
-def test_a_model_that_was_not_run_for_some_candidates_stands_there_with_a_mark(tmp_path):
+def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_where_chosen_otherwise(tmp_path):
     plan = Study({"models": ["SASRec"], "datasets": ["tiny"], "smaller": []})
-    store = Store(tmp_path / "runs.jsonl")
-    (own,) = plan.grid(["SASRec"], ["tiny"], [1])
-    store.add({"id": own.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {}}, None)
-    found = Results(store, plan)
-    assert found.rows["tiny"][UNSEEN] == found.rows["tiny"][FULL]
+
+    def row_of(chosen_among, full, unseen, seed=1):
+        (spec,) = plan.grid(["SASRec"], ["tiny"], [seed], chosen_among)
+        valid = {FULL: {"ndcg@10": full}, UNSEEN: {"ndcg@10": unseen}}
+        about = {"id": spec.identity(), "model": "SASRec", "dataset": "tiny", "seed": seed, "valid": valid}
+        return {**about, "config": {"exclude_history": chosen_among == UNSEEN}}
+
+    def found(*rows):
+        store = Store(tmp_path / "runs.jsonl")
+        for row in rows:
+            store.add(row, None)
+        (tmp_path / "runs.jsonl").unlink()
+        return Results(store, plan)
+
+    own = row_of(FULL, 0.3, 0.4)
+    alone = found(own).rows["tiny"]
+    assert alone == {FULL: {"SASRec": [own]}, UNSEEN: {"SASRec": [own]}}
     for where in PROTOCOLS:
-        assert (r"\*" in report._title("SASRec", found.rows["tiny"][where]["SASRec"], where)) is (where == UNSEEN)
-    (other,) = plan.grid(["SASRec"], ["tiny"], [1], UNSEEN)
-    row = {"id": other.identity(), "model": "SASRec", "dataset": "tiny", "seed": 1, "config": {"exclude_history": True}}
-    store.add(row, None)
-    again = Results(store, plan)
-    assert again.rows["tiny"][UNSEEN]["SASRec"] == [row]
-    assert again.rows["tiny"][FULL] == found.rows["tiny"][FULL]
-    assert len(again.all_rows()) == 2
-    alone = Store(tmp_path / "alone.jsonl")
-    alone.add(row, None)
-    assert Results(alone, plan).rows["tiny"] == {FULL: {"SASRec": [row]}, UNSEEN: {"SASRec": [row]}}
+        assert (r"\*" in report._title("SASRec", alone[where]["SASRec"], where)) is (where == UNSEEN)
+    each = row_of(UNSEEN, 0.2, 0.5)
+    both = found(own, each)
+    assert both.rows["tiny"] == {FULL: {"SASRec": [own]}, UNSEEN: {"SASRec": [each]}}
+    assert len(both.all_rows()) == 2
+    better = row_of(UNSEEN, 0.31, 0.5)
+    assert found(own, better).rows["tiny"] == {FULL: {"SASRec": [better]}, UNSEEN: {"SASRec": [better]}}
+    several = [own, row_of(FULL, 0.1, 0.1, seed=2)]
+    assert found(*several, better).rows["tiny"][UNSEEN] == {"SASRec": several}
 
 
 def test_the_first_table_says_by_what_a_model_was_chosen(tmp_path):

@@ -67,7 +67,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
         "known.",
         "**Choice**: settings and the best epoch by NDCG@10 on the validation set, among the candidates of the table; "
-        "of a model with '*' among the others. What the test set says chooses nothing.",
+        "of a model with '*' among the others, where these are the better, or alone, on the table's validation. "
+        "What the test set says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
         "every position of a history at once; rows that differ say so. SASRec is RecBole's class. "
         f"{' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU can.",

@@ -24,8 +24,8 @@ def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
 class Results:
     """The rows of the study's grid, by set, candidates and model; seeds in their order.
 
-    Where a model was not run for some candidates, those runs stand there that were chosen among the others
-    (:func:`chosen_by`).
+    Of a model's runs that were chosen among these candidates and among the others (:func:`chosen_by`) those stand there
+    that are the best on the validation set, ranked among these; of unequal numbers of seeds those of more.
 
     Args:
         store: all runs.
@@ -47,8 +47,9 @@ class Results:
                         study.grid([model], [dataset], store.seeds(), chosen_by)
                         for chosen_by in dict.fromkeys((protocol, *PROTOCOLS))
                     )
-                    if rows := next(filter(None, map(store.of, grids)), None):
-                        self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = rows
+                    if made := [rows for rows in map(store.of, grids) if rows]:
+                        best = max(made, key=lambda rows: (len(rows), _valid(rows, protocol)))
+                        self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = best
 
     def all_rows(self) -> Rows:
         """Every row, once."""
@@ -56,6 +57,10 @@ class Results:
             row for sets in self.rows.values() for models in sets.values() for own in models.values() for row in own
         )
         return list({row["id"]: row for row in rows}.values())
+
+
+def _valid(rows: Rows, protocol: str) -> float:
+    return spread([row["valid"][protocol][f"ndcg@{K}"] for row in rows])[0]
 
 
 def chosen_by(row: dict[str, Any]) -> str:
