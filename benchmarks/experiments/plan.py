@@ -191,13 +191,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         datasets=("ml-1m", "ml-1m-new-items"),
     ),
-    "time_gaps": Experiment(
-        "Does it help to know how much time passed between interactions?",
-        "STAR-Rec, open question; of the sets here ml-100k alone has a clock",
-        ("STARRec",),
-        {"order alone": {}, "time gaps": {"use_time_gaps": True}},
-        datasets=("ml-100k",),
-    ),
     "window": Experiment(
         "How far back must attention look?",
         "STAR-Rec, open question",
