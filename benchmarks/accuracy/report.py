@@ -89,7 +89,7 @@ def _dataset(page: Page, found: Results, study: Study, dataset: str, file: Path)
     rows = [row for models in found.rows[dataset].values() for own in models.values() for row in own]
     page.text(
         f"Maximum length {rows[0]['config']['MAX_ITEM_LIST_LENGTH']}, 5-core, seeds "
-        f"{_distinct(str(row['seed']) for row in rows)}. {study.plan['notes'].get(dataset, '')}".rstrip()
+        f"{_distinct(str(row['seed']) for row in rows)}. {' '.join(study.plan['notes'].get(dataset, []))}".rstrip()
     )
     for protocol, models in found.rows[dataset].items():
         page.heading(f"{dataset}, {protocol}", level=3)
@@ -263,6 +263,7 @@ def _title(model: str, runs: Rows, protocol: str) -> str:
     others = [f"hidden size {size}"] * (size != 64)
     others += ["request_time known"] * (config.get("request_time") == "known")
     others += [f"filter {config.get('filter_share')}"] * bool(config.get("filter_share"))
+    others += ["cosine scores"] * bool(config.get("temperature"))
     return ", ".join([f"{model}{mark(runs[0], protocol)}", f"{layers} layer{'s' * (layers != 1)}", *others])
 
 
