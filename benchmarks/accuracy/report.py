@@ -67,8 +67,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
         "known.",
         "**Choice**: settings and the best epoch by NDCG@10 on the validation set, among the candidates of the table; "
-        "of a model with '*' among the others, where these are the better, or alone, on the table's validation. "
-        "What the test set says chooses nothing.",
+        "of a model with '*' among the others, if no other runs are there or these do better on the table's own "
+        "validation. What the test set says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
         "every position of a history at once; rows that differ say so. SASRec is RecBole's class. "
         f"{' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU can.",
@@ -78,7 +78,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Over** another model: how far NDCG@10 is above its. p: paired t-test over users of NDCG@10 averaged over "
         "seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
         "**Minutes**: of training and validation up to the best epoch, on a machine that did other work as well, so an "
-        "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md).",
+        "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md). All runs of this page took "
+        f"{_hours(found.all_rows()):.0f} hours, tuning apart.",
         f"**Hardware**: {_distinct(a['device'] for a in about)}. **Commits**: {_distinct(a['commit'] for a in about)}. "
         f"**Versions**: {_distinct(versions(a) for a in about)}.",
     ])  # fmt: skip
@@ -132,6 +133,15 @@ def _epochs_cell(runs: Rows) -> str:
         if run["epochs_to_best"] + run["config"]["stopping_step"] >= run["config"]["epochs"]
     ]
     return f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}" + (f" of {max(cut_off)}" if cut_off else "")
+
+
+def _hours(rows: Rows) -> float:
+    """How long runs took, until patience or their epochs ended."""
+
+    def epochs(run: dict[str, Any]) -> int:
+        return min(run["config"]["epochs"], run["epochs_to_best"] + run["config"]["stopping_step"] + 1)
+
+    return sum(run["seconds_to_best"] / run["epochs_to_best"] * epochs(run) for run in rows) / 3600
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:

@@ -22,8 +22,8 @@ def write_summary(page: Page, found: Results) -> None:
             lines.append([f"{dataset}, {protocol}", *cells, _published_cell(dataset, protocol)])
     page.text(
         f"Test NDCG@{K}, mean over seeds; the best in bold. All models are tuned alike, but where a set's section says "
-        "otherwise, by the validation set and the row's candidates, or with '*' by the other row's, where that is the "
-        "better on the row's own validation."
+        "otherwise, by the validation set and the row's candidates, or with '*' by the other row's, if no other runs "
+        "are there or these do better on the row's own validation."
     )
     page.table(["set, candidates", *models, "best published"], lines)
     failing = [text for text, _, verdict in _verdicts(found) if verdict.startswith("**")]
