@@ -1,5 +1,7 @@
 """What every registered model must do; a new one is found by itself."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,7 @@ def rows(model, item_lists, width=12):
 def test_each_parameter_gets_a_gradient(name, loss_type, num_layers):
     _, model, (train_data, _, _) = build(name, loss_type=loss_type, num_layers=num_layers)
     model.train()
-    for batch in train_data:
+    for batch in islice(train_data, 3):
         total(model.calculate_loss(batch)).backward()
     for parameter, tensor in model.named_parameters():
         assert tensor.grad is not None, f"{parameter} has no gradient"
