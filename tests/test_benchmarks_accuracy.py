@@ -402,6 +402,9 @@ def test_models_beside_an_experiment_are_run_once():
     assert found["STARRec", "w/o filter"][0].settings["filter_share"] == 0.0
     assert found["SASRec", "whole model"][0].settings["hidden_dropout_prob"] == 0.5
     assert not experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "ml-1m", [1])
+    for model in ("STARRec", "Mamba4Rec", "SASRec"):  # whose tuned settings on this set are the experiment's
+        (own,) = shipped.grid([model], ["amazon-beauty"], [1], UNSEEN)
+        assert own.identity() == found[model, "whole model"][0].identity()
 
 
 def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_where_chosen_otherwise(tmp_path):
@@ -426,6 +429,7 @@ def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_wher
     for where in PROTOCOLS:
         assert (r"\*" in report._title("SASRec", alone[where]["SASRec"], where)) is (where == UNSEEN)
     each = row_of(UNSEEN, 0.2, 0.5)
+    assert found(each).rows["tiny"] == {FULL: {"SASRec": [each]}, UNSEEN: {"SASRec": [each]}}
     both = found(own, each)
     assert both.rows["tiny"] == {FULL: {"SASRec": [own]}, UNSEEN: {"SASRec": [each]}}
     assert len(both.all_rows()) == 2

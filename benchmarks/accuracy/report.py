@@ -125,23 +125,24 @@ def _table(page: Page, found: Results, dataset: str, protocol: str) -> None:
     page.table(["model", "seeds", *heads, "epoch", "minutes"], rows)
 
 
+def _patience_ends(run: dict[str, Any]) -> int:
+    """How many epochs a run goes before patience ends, if it may."""
+    return run["epochs_to_best"] + run["config"]["stopping_step"] + 1
+
+
 def _epochs_cell(runs: Rows) -> str:
     """The mean best epoch, and of how many where the last one came before patience had ended."""
-    cut_off = [
-        run["config"]["epochs"]
-        for run in runs
-        if run["epochs_to_best"] + run["config"]["stopping_step"] >= run["config"]["epochs"]
-    ]
+    cut_off = [run["config"]["epochs"] for run in runs if _patience_ends(run) > run["config"]["epochs"]]
     return f"{np.mean([run['epochs_to_best'] for run in runs]):.0f}" + (f" of {max(cut_off)}" if cut_off else "")
 
 
 def _hours(rows: Rows) -> float:
     """How long runs took, until patience or their epochs ended."""
-
-    def epochs(run: dict[str, Any]) -> int:
-        return min(run["config"]["epochs"], run["epochs_to_best"] + run["config"]["stopping_step"] + 1)
-
-    return sum(run["seconds_to_best"] / run["epochs_to_best"] * epochs(run) for run in rows) / 3600
+    seconds = (
+        run["seconds_to_best"] / run["epochs_to_best"] * min(run["config"]["epochs"], _patience_ends(run))
+        for run in rows
+    )
+    return sum(seconds) / 3600
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:
