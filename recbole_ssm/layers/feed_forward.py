@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from recbole_ssm.layers.gelu import gelu
 
 
 class FeedForward(nn.Module):
@@ -22,7 +23,7 @@ class FeedForward(nn.Module):
         hidden_size: int,
         dropout_prob: float,
         dropout_last: bool = False,
-        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation: Callable[[Tensor], Tensor] = gelu,
         inner_dropout: bool = True,
     ):
         super().__init__()

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.distributed import mean_over_processes
+from recbole_ssm.layers.gelu import gelu
 from recbole_ssm.ops import expert_diversity
 
 __all__ = ["Mixture", "MixtureOfExperts", "expert_diversity", "load_balance"]
@@ -75,7 +75,7 @@ class MixtureOfExperts(nn.Module):
 
     def _experts(self, y: Tensor) -> Tensor:
         """Expert ``i`` of ``y[i]``: ``[E, C, d]`` to ``[E, C, d]``."""
-        inner = F.gelu(torch.baddbmm(self.expand_bias, y, self.expand_weight))
+        inner = gelu(torch.baddbmm(self.expand_bias, y, self.expand_weight))
         return torch.baddbmm(self.contract_bias, inner, self.contract_weight)
 
     def _chosen_experts(self, y: Tensor, chosen: Tensor) -> Tensor:

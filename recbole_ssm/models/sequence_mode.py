@@ -9,6 +9,7 @@ from recbole.model.layers import FeedForward, MultiHeadAttention
 from torch import Tensor, nn
 
 from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.layers.gelu import gelu
 from recbole_ssm.ops.packing import block_rows, length_blocks, pad, positions, sequence_ids, sequence_lengths
 
 # Places of a padded block of histories: some tens of MB of a transformer's activations.
@@ -58,7 +59,7 @@ class SequenceMode:
             if type(module) is MultiHeadAttention:
                 module.__class__ = FusedAttention
             elif isinstance(module, FeedForward) and module.intermediate_act_fn == module.gelu:
-                module.intermediate_act_fn = F.gelu  # the same function, written out there
+                module.intermediate_act_fn = gelu  # the same function, written out there
 
     @property
     def fillable(self) -> bool:
