@@ -42,12 +42,12 @@ DENSE_TRAINING: Settings = {
     "lr_scheduler_type": "cosine", "ema_decay": 0.999, "epochs": 20, "stopping_step": 8, "valid_metric": "NDCG@10",
     "exclude_history": True,
 }  # fmt: skip
-DENSE_LAYERS: Settings = {"num_layers": 2, "filter_share": 0.3, "temperature": 0.07, "dropout_prob": 0.2}
+DEEP: Settings = {"num_layers": 2, "temperature": 0.07, "dropout_prob": 0.2}
 DENSE_VARIANTS: dict[str, Settings] = {
     "whole model": {},
+    "with filter": {"filter_share": 0.3},
     "one layer": {"num_layers": 1},
     "w/o feed-forward": {"feed_forward": False},
-    "w/o filter": {"filter_share": 0.0},
     "w/o cosine scores": {"temperature": None},
     "w/o average of weights": {"ema_decay": 0.0},
 }
@@ -143,16 +143,15 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "dense": Experiment(
         "What lifts STAR-Rec where histories are long?",
-        "not in the paper: two layers with a feed-forward network between them, BSARec's filter (arXiv 2312.10325) as "
-        "a moving average beside both paths, cosine scores over 0.07, and a running average of weights. Nothing is "
-        "tuned: all models have 2,048 targets a step, Adam at 0.002 falling to 0 as a cosine within 20 epochs, dropout "
-        "0.2 and that average. Mamba4Rec has layers, filter and scores as STARRec",
+        "not in the paper: two layers with a feed-forward network between them, cosine scores over 0.07, and a running "
+        "average of weights. Nothing is tuned: all models have 2,048 targets a step, Adam at 0.002 falling to 0 as a "
+        "cosine within 20 epochs, dropout 0.2 and that average. Mamba4Rec has layers and scores as STARRec",
         ("STARRec",),
         {name: {**DENSE_TRAINING, **change} for name, change in DENSE_VARIANTS.items()},
         datasets=("ml-1m",),
         model_settings={
-            "STARRec": {**DENSE_LAYERS, "feed_forward": True},
-            "Mamba4Rec": DENSE_LAYERS,
+            "STARRec": {**DEEP, "feed_forward": True},
+            "Mamba4Rec": DEEP,
             "eSASRec": {"dropout_prob": 0.2},
             "SASRec": {"hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2},
         },
