@@ -5,6 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
 
@@ -145,6 +146,19 @@ def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
     for whole, blocks, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(whole, blocks, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(recomputed, blocks, rtol=1e-4, atol=1e-6)
+
+
+@every_model
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_no_kernel_is_compiled_for_the_shape_of_a_batch(name, capfd):
+    """As oneDNN's are, of which a thousand are kept: packed batches bring a new number of rows each."""
+    _, model, (train_data, _, test_data) = build(name, num_layers=2)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        F.gelu(torch.ones(3, 2))
+        assert "eltwise" in capfd.readouterr().out  # that is how it would show
+        total(model.train().calculate_loss(next(iter(train_data)))).backward()
+        model.eval().full_sort_predict(test_data._dataset[np.arange(4)])
+    assert ",exec," not in capfd.readouterr().out
 
 
 @every_model
