@@ -402,8 +402,16 @@ def test_models_beside_an_experiment_are_run_once():
     assert found["STARRec", "w/o filter"][0].settings["filter_share"] == 0.0
     assert found["SASRec", "whole model"][0].settings["hidden_dropout_prob"] == 0.5
     assert not experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "ml-1m", [1])
-    for model in ("STARRec", "Mamba4Rec", "SASRec"):  # whose tuned settings on this set are the experiment's
-        (own,) = shipped.grid([model], ["amazon-beauty"], [1], UNSEEN)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "dataset", "models"),
+    [("sparse", "amazon-beauty", ["STARRec", "Mamba4Rec", "SASRec"]), ("dense", "ml-1m", ["STARRec"])],
+)
+def test_what_an_experiment_found_is_what_is_tuned(experiment, dataset, models):
+    shipped = Study.read(study.FILE)
+    found = experiments_plan.EXPERIMENTS[experiment].specs(shipped, dataset, [1])
+    for model, own in zip(models, shipped.grid(models, [dataset], [1], UNSEEN), strict=True):
         assert own.identity() == found[model, "whole model"][0].identity()
 
 

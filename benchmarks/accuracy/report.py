@@ -66,9 +66,8 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Order**: by the exact timestamp (`time_order: exact`) but where a set's section says otherwise.",
         "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
         "known.",
-        "**Choice**: settings and the best epoch by NDCG@10 on the validation set, among the candidates of the table; "
-        "of a model with '*' among the others, if no other runs are there or these do better on the table's own "
-        "validation. What the test set says chooses nothing.",
+        "**Choice**: settings and the best epoch by NDCG@10 on the validation set, among the candidates of the table, "
+        "or with '*' as said above. What the test set says chooses nothing.",
         f"**Models**: hidden size {study.plan['common']['hidden_size']}, cross-entropy over all items, trained on "
         "every position of a history at once; rows that differ say so. SASRec is RecBole's class. "
         f"{' and '.join(study.plan['smaller'])} is smaller than its authors run it, so that a CPU can.",
