@@ -75,7 +75,8 @@ CLAIMS = [
     _reaches("STARRec", "gSASRec", "ml-1m", UNSEEN, "ndcg@10"),
     _reaches("STARRec", "gSASRec", "ml-1m", UNSEEN, "recall@10"),
     # This package's own aims.
-    Claim("ml-1m", f"STARRec, {UNSEEN}: an NDCG@10 of .205", "STARRec", 0.205, protocol=UNSEEN),
+    Claim("ml-1m", f"STARRec, {FULL}: an NDCG@10 of .165", "STARRec", 0.165),
+    Claim("ml-1m", f"STARRec, {UNSEEN}: an NDCG@10 of .21", "STARRec", 0.21, protocol=UNSEEN),
     _reaches("Mamba4Rec", "Mamba4Rec", "amazon-beauty", FULL, "ndcg@10"),
     _reaches("STARRec", "WEARec", "amazon-beauty", UNSEEN, "ndcg@10"),
     _reaches("STARRec", "LightSANs", "amazon-beauty", FULL, "ndcg@10"),
