@@ -51,7 +51,7 @@ def test_list_models():
 
 def test_precedence(monkeypatch, tmp_path):
     """overall < model < dataset < config files < dict < command line."""
-    config = Config("STARRec", "ml-1m")
+    config = Config("STARRec", "ml-1m", config_dict={"tuned": False})
     assert config["stopping_step"] == 10  # RecBole's overall.yaml
     assert config["valid_metric"] == "NDCG@10"  # ours
     assert config["n_heads"] == 8  # model

@@ -88,6 +88,7 @@ class TimeAwareSSM(nn.Module):
         # HiPPO-LegS and a matrix of rank 1 make -1/2 and this skew-symmetric matrix.
         turning = root[:, None] * root * torch.sign(order - order[:, None])
         angles, basis = torch.linalg.eigh(-1j * turning)
+        basis = basis * basis[0].conj().sgn()  # whose phases are else the processor's to choose
         self.A_log.fill_(0.5).log_()
         self.A_imag.copy_(angles)
         self.log_dt.copy_(initial_step_sizes(count).log())

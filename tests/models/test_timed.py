@@ -123,6 +123,7 @@ def test_it_starts_as_s5_does():
     torch.testing.assert_close(-ssm.A_log.exp(), expected.real)
     B = torch.view_as_complex(ssm.into_state.weight.T.unflatten(-1, (-1, 2)).contiguous())
     basis = torch.linalg.eigh(-1j * (normal + 0.5 * torch.eye(8, dtype=torch.float64)))[1]
+    basis = basis / basis[0].sgn()  # eigenvectors have any phase: these begin with a positive number, on every machine
     assert (basis @ B.T).imag.abs().max() < 1e-6
 
 
