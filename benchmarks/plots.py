@@ -164,37 +164,3 @@ def dots(path: Path, title: str, values: dict[str, tuple[float, float | None]], 
     axes.set_xlabel(xlabel, color=INK, size=9)
     figure.suptitle(title, color=INK, size=10)
     _save(figure, path)
-
-
-def critical_differences(path: Path, title: str, ranks: dict[str, float], difference: float) -> None:
-    """Draw mean ranks on a line, and a bar over each widest group whose ranks lie within the critical difference.
-
-    The diagram of Demsar (JMLR 7, 2006, section 3.2.4).
-
-    Args:
-        path: picture, of the kind that its suffix names.
-        title: what is seen.
-        ranks: mean ranks by name.
-        difference: the critical difference.
-    """
-    names = sorted(ranks, key=lambda name: ranks[name])
-    places = [ranks[name] for name in names]
-    ends = [max(i for i, place in enumerate(places) if place - start <= difference) for start in places]
-    groups = [(i, end) for i, end in enumerate(ends) if end > i and (i == 0 or ends[i - 1] < end)]
-    figure, axes = _figure(9, 1.4 + 0.3 * (len(names) + len(groups)))
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.xaxis.tick_top()
-    axes.set_yticks([])
-    for row, (name, place) in enumerate(zip(names, places, strict=True)):
-        height = -(len(groups) + row + 1)
-        axes.plot([place, place], [0, height], color=FAINT, linewidth=1)
-        axes.plot([place], [height], "o", color=COLOURS[2])
-        note = f"{name} ({place:.2f})"
-        axes.annotate(note, (place, height), (7, 0), textcoords="offset points", va="center", size=9, color=INK)
-    for row, (begin, end) in enumerate(groups):
-        axes.plot([places[begin] - 0.03, places[end] + 0.03], [-row - 0.6] * 2, color=INK, linewidth=3)
-    axes.set_xlim(0.8, len(names) + 0.6)
-    axes.set_xticks(range(1, len(names) + 1))
-    axes.axhline(0, color=INK, linewidth=1)
-    figure.suptitle(f"{title}; critical difference {difference:.2f}", color=INK, size=10)
-    _save(figure, path)

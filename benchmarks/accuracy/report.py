@@ -22,9 +22,9 @@ from benchmarks.accuracy.results import (
     tests_of,
 )
 from benchmarks.accuracy.runs import Store
-from benchmarks.accuracy.statistics import critical_difference, mean_ranks, spread
+from benchmarks.accuracy.statistics import spread
 from benchmarks.accuracy.study import Study
-from benchmarks.accuracy.summary import write_claims, write_published, write_summary
+from benchmarks.accuracy.summary import write_claims, write_published, write_searched, write_summary
 from benchmarks.accuracy.worker import FULL, TOPK, UNSEEN
 from benchmarks.pages import Page
 from benchmarks.report import versions
@@ -37,12 +37,12 @@ def write_pages(results: Path, file: Path) -> None:
     """Write the page and its pictures from the result files in a folder."""
     study, file = Study.read(), file.resolve()
     found = Results(Store(results / "runs.jsonl"), study)
-    page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec and eSASRec")
+    page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec")
     write_summary(page, found)
     _protocol(page, found, study)
     for dataset in found.rows:
         _dataset(page, found, study, dataset, file)
-    _critical_differences(page, found, study, file)
+    write_searched(page, found)
     write_claims(page, found)
     write_published(page)
     _sampled(page, found)
@@ -74,8 +74,10 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "**Epoch**: the best one, mean over seeds. A run ends where validation stops improving; '14 of 15' was cut off "
         "before that.",
         "**Values**: mean ± standard deviation over seeds of the run's test result; best mean in bold.",
-        "**Over** another model: how far NDCG@10 is above its. p: paired t-test over users of NDCG@10 averaged over "
-        "seeds, two-sided, Bonferroni-adjusted for a set's comparisons.",
+        "**Over** another model: how far NDCG@10 is above its, over the seeds that both have (so with one seed it is "
+        "not the change of the means beside it). p: paired t-test over users of NDCG@10 averaged over seeds, "
+        "two-sided, Bonferroni-adjusted for a set's comparisons. It speaks of these trained models and other users; "
+        "where seeds differ in sign, or there is one, other seeds may say otherwise.",
         "**Minutes**: of training and validation up to the best epoch, on a machine that did other work as well, so an "
         "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md). All runs of this page took "
         f"{_hours(found.all_rows()):.0f} hours, tuning apart.",
@@ -178,28 +180,6 @@ def _seconds(run: dict[str, Any], epoch: int, score: float) -> float:
     return (epoch + 1) * run["train_seconds_per_epoch"]
 
 
-def _critical_differences(page: Page, found: Results, study: Study, file: Path) -> None:
-    sets = {name: protocols[FULL] for name, protocols in found.rows.items() if name not in study.also}
-    common = [m for m in study.plan["models"] if all(m in models for models in sets.values())]
-    if len(common) < 2 or len(sets) < 2:
-        return
-    scores = np.array([
-        [np.mean([row["test"][FULL][f"ndcg@{K}"] for row in models[model]]) for model in common]
-        for models in sets.values()
-    ])  # fmt: skip
-    ranks = dict(zip(common, mean_ranks(scores), strict=True))
-    difference = critical_difference(len(common), len(sets))
-    page.heading("Over all sets")
-    page.text(
-        f"Mean rank by NDCG@{K}, {FULL}, over {len(sets)} sets. By Nemenyi's test (Demsar, JMLR 7, 2006) two models "
-        f"differ at 5% where their mean ranks are {difference:.2f} apart. With so few sets only large gaps can show; "
-        "the paired tests above look at users instead."
-    )
-    picture = file.parent / "images" / f"{file.stem}-ranks.svg"
-    plots.critical_differences(picture, f"Mean rank over {len(sets)} sets, 1 is best", ranks, difference)
-    page.figure(picture, file, "Mean ranks and the critical difference")
-
-
 def _sampled(page: Page, found: Results) -> None:
     rows = [
         [f"{dataset}, {model}", mode, str(len(runs)), *(_sampled_cell(runs, mode, f"{m}@{K}") for m in METRICS)]
@@ -228,10 +208,11 @@ def _tuning(page: Page, results: Path) -> None:
         return
     page.heading("Tuning")
     page.text(
-        "The same number of trials for every model of a set, made by `run_hyper` (the first ones by a grid, stage by "
-        "stage); the best validation NDCG@10 wins and goes to `properties/tuned/`, which `run_recbole` reads by itself "
-        "(but for models that are run smaller than released). Trials know the validation set alone. Best "
-        "first, each with how many epochs it went."
+        "The same number of trials for every model of a set. A grid, stage by stage, is of an earlier plan than that "
+        "of `benchmarks/accuracy/study.yaml`, which was not run yet. The best validation NDCG@10 wins; it goes to "
+        "`properties/tuned/`, which `run_recbole` reads by itself, but for models that are run smaller than released, "
+        "and where settings of an experiment have taken its place (the set's section says so). Trials know the "
+        "validation set alone. Best first, each with how many epochs it went."
     )
     for search in searches:
         how = ", ".join(f"{key} {value}" for key, value in search["search"].items())

@@ -27,6 +27,11 @@ class Results:
     Of a model's runs that were chosen among these candidates and among the others (:func:`chosen_by`) those stand there
     that are the best on the validation set, ranked among these; of unequal numbers of seeds those of more.
 
+    Attributes:
+        store: all runs.
+        rows: by set, candidates and model.
+        searched: by set and model, the runs of :meth:`Study.searched`.
+
     Args:
         store: all runs.
         study: what belongs to the grid.
@@ -50,12 +55,16 @@ class Results:
                     if made := [rows for rows in map(store.of, grids) if rows]:
                         best = max(made, key=lambda rows: (len(rows), _valid(rows, protocol)))
                         self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = best
+        self.searched: dict[str, dict[str, Rows]] = {}
+        for dataset in (name for name in study.plan["datasets"] if name not in study.also):
+            for model in study.plan["models"]:
+                if rows := store.of(study.searched(model, dataset, store.seeds())):
+                    self.searched.setdefault(dataset, {})[model] = rows
 
     def all_rows(self) -> Rows:
         """Every row, once."""
-        rows = (
-            row for sets in self.rows.values() for models in sets.values() for own in models.values() for row in own
-        )
+        tables = [*(models for sets in self.rows.values() for models in sets.values()), *self.searched.values()]
+        rows = (row for models in tables for own in models.values() for row in own)
         return list({row["id"]: row for row in rows}.values())
 
 
@@ -82,7 +91,7 @@ def tests_of(models: dict[str, Rows]) -> int:
 def compared(store: Store, models: dict[str, Rows], model: str, other: str, protocol: str, tests: int) -> Comparison:
     """A model against another one, over the seeds of both."""
     rows = same_seeds({name: models[name] for name in (model, other)})
-    own, others = (store.user_ndcg(rows[name], protocol, K) for name in (model, other))
+    own, others = (store.user_scores(rows[name], protocol, f"ndcg@{K}") for name in (model, other))
     return compare(own, others, tests)
 
 
@@ -101,6 +110,7 @@ def score_cell(mean: float, deviation: float | None, bold: bool = False) -> str:
 
 
 def gain_cell(found: Comparison) -> str:
-    """How far one model is above another, and by what chance it might not be."""
+    """How far one model is above another, by what chance over users it might not be, and whether its seeds say so."""
     p = "< .001" if found.p < 0.001 else f"{found.p:.3f}"[1:] if found.p < 0.9995 else "1"
-    return f"{found.change:+.1%} (p {p})"
+    seeds = ", 1 seed" * (found.seeds == 1) + ", seeds differ" * (not found.agree)
+    return f"{found.change:+.1%} (p {p}{seeds})"

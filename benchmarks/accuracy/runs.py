@@ -143,9 +143,11 @@ class Store:
             rank[rank == 0] = np.iinfo(np.int64).max - 1
             return Ranks(held["users"].astype(np.int64), held["lengths"].astype(np.int64), rank)
 
-    def user_ndcg(self, rows: Iterable[dict[str, Any]], protocol: str, k: int) -> np.ndarray:
-        """NDCG@k of each user, the mean over the runs of ``rows``, ``[N]``."""
-        return np.mean([self.read_ranks(row["id"], protocol).ndcg(k) for row in rows], axis=0)
+    def user_scores(self, rows: Iterable[dict[str, Any]], protocol: str, metric: str) -> np.ndarray:
+        """``ndcg@k`` or ``recall@k`` of each user in each run of ``rows``, ``[S, N]``."""
+        name, k = metric.split("@")
+        ranks = [self.read_ranks(row["id"], protocol) for row in rows]
+        return np.stack([own.ndcg(int(k)) if name == "ndcg" else own.ranks <= int(k) for own in ranks])
 
 
 def run_all(specs: Iterable[Spec], store: Store, work: Path, data_path: str | None, jobs: int) -> None:

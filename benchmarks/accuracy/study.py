@@ -52,6 +52,16 @@ class Study:
             settings = {"tuned": False, **yaml.safe_load(file.read_text()), **settings}
         return Spec(model, dataset, seed, settings)
 
+    def searched(self, model: str, dataset: str, seeds: Iterable[int]) -> list[Spec]:
+        """A run a seed of a model as its paper has it, with what a search of equal budget for all found.
+
+        Where this package's own settings have taken the place of what a search found, that stands in ``searched``.
+        """
+        file = FILE.parent / "searched" / f"{dataset}-{model}.yaml"
+        if not file.exists():
+            return self.grid([model], [dataset], seeds)
+        return [Spec(model, dataset, seed, {"tuned": False, **yaml.safe_load(file.read_text())}) for seed in seeds]
+
     def tuned_file(self, model: str, dataset: str, protocol: str) -> Path:
         """Where what tuning finds is written: a property file, but for models that are run smaller than released."""
         file = tuned_file(model, dataset, protocol == UNSEEN)

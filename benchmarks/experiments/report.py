@@ -179,8 +179,7 @@ def _experts(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> No
     for dataset, rows in found.items():
         variants = {variant: own for (_, variant), own in rows.items()}
         _shares(page, file, f"{file.stem}-experts-share-{dataset}", dataset, variants)
-        for variant, own in variants.items():
-            _by_category(page, f"{dataset}, {variant}", own[0])
+        _by_category(page, dataset, variants)
 
 
 def _shares(page: Page, file: Path, name: str, title: str, groups: dict[str, list[dict[str, Any]]]) -> None:
@@ -206,19 +205,21 @@ def _shares(page: Page, file: Path, name: str, title: str, groups: dict[str, lis
     page.figure(picture, file, f"{title}: shares of the experts")
 
 
-def _by_category(page: Page, name: str, row: dict[str, Any]) -> None:
-    experts = row.get("parts", {}).get("experts", {})
-    if "by_category" not in experts:
-        return
-    page.text(
-        f"{name}, seed {row['seed']}: the mean gate of users, weighted by the share of each genre in their history; "
-        "experts in the order of their shares."
-    )
-    order = np.argsort(experts["share"])[::-1]
-    page.table(
-        ["genre", *(str(i + 1) for i in range(len(order)))],
-        [[genre, *(f"{gate[i]:.1%}" for i in order)] for genre, gate in experts["by_category"].items() if sum(gate)],
-    )
+def _by_category(page: Page, dataset: str, variants: dict[str, list[dict[str, Any]]]) -> None:
+    lines = []
+    for variant, own in variants.items():
+        experts = own[0].get("parts", {}).get("experts", {})
+        gates = {genre: gate for genre, gate in experts.get("by_category", {}).items() if sum(gate)}
+        if gates:
+            away = np.abs(np.array(list(gates.values())) - experts["share"])
+            genre = list(gates)[away.max(1).argmax()]
+            lines.append([variant, str(len(gates)), f"{away.mean():.1%}", f"{away.max():.1%}", genre])
+    if lines:
+        page.text(
+            "How far an expert's share among the users of a genre (each weighted by the genre's part in the history) "
+            "is from its share among all, in points; the first seed's run."
+        )
+        page.table([dataset, "genres", "mean", "largest", "at"], lines)
 
 
 def _rare_items(page: Page, file: Path, store: Store, found: dict[str, Rows]) -> None:
@@ -276,7 +277,7 @@ def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
         buckets = {name: users for name, users in buckets.items() if len(users) >= FEWEST}
         if not buckets:
             continue
-        scores = {model: results.store.user_ndcg(rows, FULL, K) for model, rows in models.items()}
+        scores = {model: results.store.user_scores(rows, FULL, f"ndcg@{K}").mean(0) for model, rows in models.items()}
         lines = []
         for name, users in buckets.items():
             means = {model: float(score[users].mean()) for model, score in scores.items()}
