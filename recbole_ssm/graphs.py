@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
+from recbole_ssm.ops.packing import Borders, known_borders
 
 # Plain steps of each shape before its graph is captured: autotune and the optimizer's first step do not belong in it.
 WARM_UP_STEPS = 2
@@ -31,9 +32,13 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], None]) -> None:
         """Record what ``function`` launches, without running it."""
-        # Of other threads' calls (the next batch is being made meanwhile) nothing is recorded.
-        with torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"):
-            function()
+        stream = torch.cuda.current_stream()
+        try:
+            # Of other threads' calls (the next batch is being made meanwhile) nothing is recorded.
+            with torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"):
+                function()
+        finally:
+            torch.cuda.set_stream(stream)  # torch does not come back from a capture that failed
 
     def replay(self) -> None:
         """Launch it all again."""
@@ -42,12 +47,16 @@ class CudaGraph:
 
 @dataclass
 class _Recorded:
-    """One shape's graph, the bytes of its batch, and what it writes: the loss's terms and the gradients."""
+    """One shape's graph, the bytes of its batch, and what it writes: the loss's terms and the gradients.
+
+    ``borders`` hold tables that it may read, which nothing else might keep.
+    """
 
     graph: Any
     buffer: Tensor
     terms: Tensor
     gradients: list[Tensor | None]
+    borders: list[Borders]
     trusted: bool = False
 
 
@@ -130,7 +139,8 @@ class GraphedSteps:
             self._give_up(f"a step cannot be captured ({str(error).splitlines()[0]})")
             return
         gradients = [parameter.grad for parameter in self._parameters()]
-        self._recorded[shape], self._pool = _Recorded(graph, buffer, written[-1], gradients), graph.pool
+        self._recorded[shape] = _Recorded(graph, buffer, written[-1], gradients, known_borders())
+        self._pool = graph.pool
 
     def _compare(self, recorded: _Recorded, batch: SequenceBatch) -> Tensor:
         """Take a step by the graph if that gives what the plain step gives."""

@@ -134,6 +134,9 @@ class SequenceTrainer(DurableTraining):
             f"{self.config['model']} is not trained in sequence mode, or its loss cannot leave rows out": not getattr(
                 self.model, "fillable", False
             ),
+            f"shapes in {self.config['model']}, as it is set, follow from numbers on the GPU": getattr(
+                self.model, "reads_device", False
+            ),
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if choice == "on" and reason:

@@ -3,13 +3,15 @@
 import logging
 import re
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from recbole_ssm.data.batch import SequenceBatch
 from recbole_ssm.errors import UserError
-from recbole_ssm.graphs import GraphedSteps, made_ahead
+from recbole_ssm.graphs import CudaGraph, GraphedSteps, made_ahead
+from recbole_ssm.ops.packing import borders, single_rows
 from recbole_ssm.trainer import SequenceTrainer
 
 from .conftest import build
@@ -157,6 +159,46 @@ def test_a_resumed_run_goes_on_as_an_uninterrupted_one(monkeypatch):
     trainer.fit(train_data, valid_data)
     assert trainer.graphs.replays
     torch.testing.assert_close(dict(trainer.model.state_dict()), whole, rtol=0, atol=0)
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch's own context stays on its side stream where ending the capture raises."""
+    now = ["own"]
+
+    @contextmanager
+    def graph(*_, **__):
+        now[0] = "side"
+        yield
+        raise RuntimeError("capture invalidated")
+
+    for name, fake in {
+        "graph": graph,
+        "CUDAGraph": object,
+        "graph_pool_handle": object,
+        "current_stream": lambda: now[0],
+        "set_stream": lambda stream: now.__setitem__(0, stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        CudaGraph().capture(lambda: None)
+    assert now == ["own"]
+
+
+def test_a_graph_keeps_the_tables_that_it_may_read(monkeypatch):
+    trainer, (train_data, *_) = trainer_of(monkeypatch, Graph)
+    rows = single_rows(3, torch.device("cpu"))
+    table = borders(rows).table("positions")
+    trainer.fit(train_data, saved=False)
+    (recorded, *_) = trainer.graphs._recorded.values()
+    assert any(kept.table("positions") is table for kept in recorded.borders)
+
+
+def test_what_has_shapes_of_numbers_on_the_device_is_not_recorded():
+    config, model, _ = build("STARRec", experts_per_token=2, cuda_graphs="on")
+    with pytest.raises(UserError, match=r"shapes in STARRec, as it is set|there is no GPU"):
+        SequenceTrainer(config, model)
+    assert model.reads_device
+    assert not build("STARRec")[1].reads_device
 
 
 def test_on_is_refused_where_there_is_no_gpu():

@@ -107,8 +107,10 @@ def _verdicts(found: Results) -> list[tuple[str, str, str]]:
 
 def _measured(found: Results, claim: Claim) -> Measured | Comparison | None:
     """What a claim is held against; None where one of its models was not run."""
-    models = found.searched if claim.of_paper else {d: own.get(claim.protocol, {}) for d, own in found.rows.items()}
-    models = models.get(claim.dataset, {})
+    if claim.of_paper:
+        models = found.searched.get(claim.dataset, {})
+    else:
+        models = found.rows.get(claim.dataset, {}).get(claim.protocol, {})
     if claim.model not in models or claim.over not in {None, *models}:
         return None
     if claim.over:

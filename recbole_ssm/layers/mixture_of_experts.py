@@ -116,7 +116,8 @@ def load_balance(
         weight: see :func:`recbole_ssm.distributed.weight_of`.
     """
     exact = torch.promote_types(gate.dtype, torch.float32)
-    share = gate.mean(0, dtype=exact) if weights is None else weights.to(exact) @ gate.to(exact)
+    with torch.autocast(gate.device.type, enabled=False):
+        share = gate.mean(0, dtype=exact) if weights is None else weights.to(exact) @ gate.to(exact)
     used = share = mean_over_processes(share, weight)
     if chosen is not None:
         (count, k), each = chosen.shape, share.new_ones(chosen.shape)

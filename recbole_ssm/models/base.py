@@ -27,6 +27,10 @@ from recbole_ssm.ops.packing import borders
 ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
 ITEMS_KEPT = {"cpu": 1 << 15, "cuda": 1 << 18}
 
+# A live session carries at most so many events' keys and values (at width 64 some 3 MB a layer), which each event
+# copies: what attends to more reads the latest events anew.
+MOST_CARRIED = 1 << 12
+
 
 class PackedRecommender(SequentialRecommender):
     """A sequential recommender over packed sequences.
@@ -40,6 +44,8 @@ class PackedRecommender(SequentialRecommender):
         columns: names of what is read of events' times, in the order in which they stand beside the ids of ``items``
             (:mod:`recbole_ssm.data.context`).
         fillable: whether inert rows leave the loss as it is (:meth:`SequenceBatch.filled`).
+        reads_device: whether a training step has shapes that follow from numbers on the device, so that no CUDA graph
+            can hold it.
         steps: whether one more item costs the same whatever came before: :meth:`prefill` and :meth:`step` are there.
         corrects_samples: whether ``SampledSoftmax`` corrects for how few negatives are drawn.
     """
@@ -47,6 +53,7 @@ class PackedRecommender(SequentialRecommender):
     one_pass = True
     columns: tuple[str, ...] = ()
     fillable = True
+    reads_device = False
     steps = False
     corrects_samples = True
     item_embedding: nn.Embedding
@@ -304,7 +311,13 @@ class PackedRecommender(SequentialRecommender):
         block = (read.cumsum(0) - read) // ITEMS_PER_BLOCK[device]
         blocks = batch.split(block.unique_consecutive(return_counts=True)[1].tolist())
         if len(blocks) > 1 and torch.is_grad_enabled() and int(read.sum()) > ITEMS_KEPT[device]:
-            return torch.cat([checkpoint(self._encode_block, part, use_reentrant=False) for part in blocks])
+            # The random state that is kept for dropout is that of its tensors' devices, and the blocks lie on the host.
+            where = self.item_embedding.weight
+
+            def encode(part: SequenceBatch, _: Tensor) -> Tensor:
+                return self._encode_block(part)
+
+            return torch.cat([checkpoint(encode, part, where, use_reentrant=False) for part in blocks])
         hidden = [self._encode_block(part) for part in blocks]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from recbole_ssm.models.base import PackedRecommender, by_layer, of_layers
+from recbole_ssm.models.base import MOST_CARRIED, PackedRecommender, by_layer, of_layers
 from recbole_ssm.models.sequence_mode import PLACES_PER_BLOCK
 from recbole_ssm.ops.packing import (
     block_rows,
@@ -203,10 +203,9 @@ class eSASRecSettings(ModelSettings):
 class eSASRec(PackedRecommender):
     """LiGR layers over item and position embeddings."""
 
-    steps = True
-
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
+        self.steps = self.max_seq_length <= MOST_CARRIED
         self.corrects_samples = config["sampling_correction"]
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
         self.position_embedding = nn.Embedding(self.max_seq_length, self.hidden_size)

@@ -16,7 +16,7 @@ from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.feed_forward import FeedForward
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.layers.moving_average import with_filter
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import MOST_CARRIED, PackedRecommender, by_layer, init_weights, of_layers
 from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import MOST, Cosine, LossType, divides, setting
@@ -241,10 +241,10 @@ class STARRec(PackedRecommender):
     With ``moe_level: position`` the mixture stands before the paths instead, and routes each position's embedding.
     """
 
-    steps = True
-
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
+        attended = min(self.max_seq_length, config["attention_window"] or self.max_seq_length)
+        self.steps = not config["use_pma"] or attended <= MOST_CARRIED
         dropout_prob = config["dropout_prob"]
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size)
         self.position_embedding = (
@@ -262,6 +262,8 @@ class STARRec(PackedRecommender):
         )
         self.routes_positions = config["moe_level"] == "position"
         self.fillable = not self.routes_positions  # whose losses count rows, not targets
+        # The rows of the busiest expert are a shape.
+        self.reads_device = config["use_moe"] and config["experts_per_token"] is not None
         self.diversity_weight, self.balance_weight = config["diversity_weight"], config["balance_weight"]
         self._mixed: Mixture | None = None  # with routes_positions, of a training step between encode and loss
         self.apply(init_weights)

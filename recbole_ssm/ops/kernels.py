@@ -22,6 +22,8 @@ MOST_ROWS = tl.constexpr(32)
 def tuned(key: list[str], launches: Sequence[tuple[int, int]], **blocks: int):
     """Time a kernel once for each value of ``key`` and kind of launch, and keep the fastest, on disk, too.
 
+    Timing runs it many times on the arguments of its first call, so it must not read what it writes.
+
     Args:
         key: arguments of the kernel; dtypes count by themselves.
         launches: numbers of warps and of stages to choose among; under the interpreter the first is taken.

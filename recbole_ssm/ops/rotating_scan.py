@@ -68,8 +68,9 @@ class _RotatingScan(torch.autograd.Function):
 def _scan(x: Tensor, log_decay: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     """The recurrence; a sequence's first decay, which meets no state, may be anything."""
     dtype = log_decay.real.dtype
-    # Angles grow with time, so their sums are taken in float64 and without whole turns.
-    angle = log_decay.imag.double().remainder(2 * math.pi).cumsum(0).remainder(2 * math.pi).to(dtype)
+    # Angles grow with time, so their sums are taken in float64 and without whole turns; side by side, for a GPU takes
+    # one thread a column otherwise.
+    angle = log_decay.imag.double().remainder(2 * math.pi).mT.contiguous().cumsum(1).mT.remainder(2 * math.pi).to(dtype)
     turn = torch.polar(torch.ones_like(angle), angle)
     parts = torch.view_as_real(x * turn.conj()).flatten(1)
     decay = (-log_decay.real).clamp_min(LEAST_DECAY).repeat_interleave(2, 1)

@@ -58,3 +58,20 @@ def test_load_balance_counts_what_was_chosen():
 def test_as_many_experts_as_there_are(k):
     with pytest.raises(ValueError, match="experts_per_token is"):
         MixtureOfExperts(6, 5, 0.0, experts_per_token=k)
+
+
+def test_what_is_added_to_the_loss_is_exact_under_autocast():
+    """Rounded to bfloat16, a gate that is nearly even would count as even."""
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.softmax(0.01 * torch.randn(64, 8, generator=generator), -1)
+    experts, weights = torch.randn(4, 64, 6, generator=generator), torch.full((64,), 1 / 64)
+
+    def terms():
+        return load_balance(gate, weights=weights), expert_diversity(experts, weights, backend="reference")
+
+    expected = terms()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = terms()
+    for own, other in zip(found, expected, strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, other)

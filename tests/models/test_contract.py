@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.utils.case_study import full_sort_topk
+from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm import UserError, run_recbole
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.layers.mixture_of_experts import expert_diversity, load_balance
+from recbole_ssm.models import base
 from recbole_ssm.models.base import ITEMS_KEPT, ITEMS_PER_BLOCK
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.registry import MODELS
@@ -146,6 +148,23 @@ def test_blocks_of_a_batch_change_nothing(name, monkeypatch):
     for whole, blocks, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(whole, blocks, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(recomputed, blocks, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_blocks_draw_what_they_drew(monkeypatch):
+    """torch keeps the random state of those devices alone that a block's arguments lie on."""
+    _, model, (train_data, _, _) = build("Mamba4Rec", train_mode="prefix", dropout_prob=0.5, train_batch_size=24)
+    monkeypatch.setitem(ITEMS_PER_BLOCK, "cpu", 7)
+    monkeypatch.setitem(ITEMS_KEPT, "cpu", 20)
+    devices = []
+
+    def kept(function, *arguments, **settings):
+        devices.append([a.device for a in arguments if isinstance(a, torch.Tensor)])
+        return checkpoint(function, *arguments, **settings)
+
+    monkeypatch.setattr(base, "checkpoint", kept)
+    total(model.train().calculate_loss(next(iter(train_data)))).backward()
+    assert len(devices) > 1
+    assert all(own == [model.item_embedding.weight.device] for own in devices)
 
 
 @every_model

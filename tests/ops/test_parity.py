@@ -259,6 +259,8 @@ def test_last_rows_on_a_backend_without_gradients_of_states(monkeypatch):
     monkeypatch.setattr(module, "choose", lambda *_: "mamba_ssm")
     monkeypatch.setattr(module, "_run", lambda chosen, *rest: run("reference", *rest))
     torch.testing.assert_close(ops.selective_scan_last(**inputs, C=C, **fixed), expected)
+    with torch.autocast("cpu", torch.bfloat16):  # which would round the state
+        assert torch.equal(ops.selective_scan_last(**inputs, C=C, **fixed, backend="reference"), expected)
 
 
 def test_decay_of_the_last_rows_does_not_leak_between_sequences():

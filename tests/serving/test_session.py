@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recbole_ssm import UserError
+from recbole_ssm.models.base import MOST_CARRIED
 from recbole_ssm.serving import Recommender
 from recbole_ssm.serving.session import Sessions
 
@@ -124,6 +125,16 @@ def test_what_carries_no_state_reads_the_latest_events_anew(case):
             assert session.recommend(5, exclude_seen=False) == served.recommend([items[:n]], 5, exclude_seen=False)
     with pytest.raises(UserError, match="carries no state: choose the rule window"):
         served.session("endless")
+
+
+@pytest.mark.parametrize(("name", "settings"), [("STARRec", {"use_position_embedding": False}), ("eSASRec", {})])
+def test_attention_to_very_many_events_is_not_carried(name, settings):
+    assert recommender(name, MAX_ITEM_LIST_LENGTH=MOST_CARRIED, **settings).session().recomputes is False
+    long = {"MAX_ITEM_LIST_LENGTH": MOST_CARRIED + 1, **settings}
+    assert recommender(name, **long).session().recomputes
+    if name == "STARRec":  # what is carried is what attention reads
+        assert recommender(name, attention_window=8, **long).session().recomputes is False
+        assert recommender(name, use_pma=False, **long).session().recomputes is False
 
 
 @pytest.mark.parametrize("rule", ["window", "endless"])

@@ -1,5 +1,6 @@
 """How alike a mixture's experts answer: STAR-Rec's diversity term (arXiv 2505.03484, section 3.1.5)."""
 
+import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import choose
@@ -39,4 +40,5 @@ def expert_diversity(
         from recbole_ssm.ops.expert_diversity.triton import expert_diversity_triton
 
         return expert_diversity_triton(experts, weights, scale)
-    return scale * expert_diversity_reference(experts, weights)
+    with torch.autocast(experts.device.type, enabled=False):
+        return scale * expert_diversity_reference(experts, weights)

@@ -354,9 +354,9 @@ class _PreferenceAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
         of_queries = grad_feature = None
         if ctx.needs_input_grad[3]:
-            of_queries = grad_feature = q.new_empty(len(q), n_heads, feature.shape[2], dtype=torch.float32)
-            if feature.dtype != torch.float32 and feature.shape[1] == n_heads:
-                grad_feature = feature.new_empty(feature.shape)
+            of_queries = q.new_empty(len(q), n_heads, feature.shape[2], dtype=torch.float32)
+            # Of its own: a kernel that is timed runs many times.
+            grad_feature = torch.empty_like(of_queries, dtype=feature.dtype if feature.shape[1] == n_heads else None)
         n_tiles = triton.cdiv(feature.shape[2], sizes["TILE"]) if ctx.needs_input_grad[3] else 1
         n_blocks = len(out) if last else len(sequences)
         grad_weights = q.new_empty(2, n_blocks, n_heads, dtype=torch.float32)

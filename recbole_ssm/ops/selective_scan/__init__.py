@@ -165,4 +165,5 @@ def selective_scan_last(
     else:
         no_outputs = B.new_empty(0, B.shape[1]) if chosen == "cpu" else B.new_zeros(B.shape)
     _, state = _run(chosen, replace(scan, C=no_outputs, return_final_state=True))
-    return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("sdn,sn->sd", state, C.to(state.dtype)).to(x.dtype)
