@@ -143,6 +143,7 @@ REFUSED = {
     "loaders": ({"save_dataloaders": True}, "leave save_dataloaders"),
     "schedule": ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step': choose one of constant, linear, cosine"),
     "warm-up": ({"warmup_ratio": 1}, "warmup_ratio is 1: choose a number from 0 to below 1"),
+    "restarts": ({"lr_restarts": 3, "lr_scheduler_type": "constant"}, "lr_restarts is 3, but .* constant never falls"),
     "smoothing": ({"label_smoothing": 1.0}, "label_smoothing is 1.0: choose a number from 0 to below 1"),
     "smoothed BPR": ({"label_smoothing": 0.1, "loss_type": "BPR"}, "with loss_type BPR: choose .* and 0 for other"),
     "temperature": ({"temperature": 0}, "temperature is 0: choose a number from 1e-06 to"),

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the search in this folder")
     parser.add_argument("--address", help="address of a Ray cluster, or auto (default: one on this machine alone)")
     how = parser.add_argument_group("how it is searched")
-    how.add_argument("--scheduler", help="what stops trials early: asha (default), median, pbt or none")
+    how.add_argument("--scheduler", help="what stops trials early: asha (default), median or none")
     how.add_argument("--search_alg", dest="algorithm", help="random (default), grid, optuna or hyperopt")
     how.add_argument("--num_samples", type=int, help="number of trials (default: 10; with grid: of times, 1)")
     how.add_argument("--max_concurrent", type=int, help="most trials at a time")

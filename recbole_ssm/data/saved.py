@@ -16,8 +16,11 @@ from recbole_ssm.data.context import columns_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import model_class
 
-# What a dataset is made by, beside RecBole's dataset_arguments.
-OWN_ARGUMENTS = ("seed", "repeatable", "time_order", "encoding")
+# What a dataset is made by, beside RecBole's dataset_arguments, which forget the last five.
+OWN_ARGUMENTS = (
+    "seed", "repeatable", "time_order", "encoding", "numerical_features", "discretization", "kg_reverse_r",
+    "entity_kg_num_interval", "relation_kg_num_interval",
+)  # fmt: skip
 
 ENUMS = {cls.__name__: cls for cls in (FeatureSource, FeatureType)}
 

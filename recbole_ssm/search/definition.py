@@ -13,7 +13,7 @@ from recbole_ssm.search.space import Space, space_of
 # What trials are compared by: the best validation score so far, by which RecBole chooses a run's model.
 METRIC = "best_valid_score"
 
-SCHEDULERS = ("asha", "median", "pbt", "none")
+SCHEDULERS = ("asha", "median", "none")
 ALGORITHMS = ("random", "grid", "optuna", "hyperopt")
 
 SEARCH_FILE, FOLDER_PREFIX = "search.json", "trial_"

@@ -131,25 +131,23 @@ def _tuner(search: Search, trainable: Any, folder: Path) -> "Tuner":
     config = search.config()
     evaluations = math.ceil(config["epochs"] / config["eval_step"])
     space = search.parameters()
-    domains = {name: parameter.domain() for name, parameter in space.items()}
     return tune.Tuner(
         trainable,
-        param_space=_grid(space) if search.algorithm == "grid" else domains,
+        param_space=_grid(space) if search.algorithm == "grid" else {n: p.domain() for n, p in space.items()},
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="max" if search.bigger else "min",
             num_samples=search.num_samples,
             max_concurrent_trials=None if search.algorithm in ("random", "grid") else search.max_concurrent,
             time_budget_s=search.time_budget,
-            scheduler=_scheduler(search, domains, evaluations),
+            scheduler=_scheduler(search, evaluations),
             search_alg=_algorithm(search),
             trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            # With pbt a trial may go on from an older checkpoint of another one.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=None if search.scheduler == "pbt" else 1),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             failure_config=tune.FailureConfig(max_failures=0),
             callbacks=[
                 Progress(config["valid_metric"], list(space), search.trial_count()),
@@ -171,7 +169,7 @@ def _grid(space: Space) -> dict[str, Any]:
     return {name: tune.grid_search(parameter.grid()) for name, parameter in space.items()}
 
 
-def _scheduler(search: Search, domains: dict[str, Any], evaluations: int) -> Any:
+def _scheduler(search: Search, evaluations: int) -> Any:
     from ray.tune import schedulers
 
     time = {"time_attr": "training_iteration"}
@@ -180,8 +178,6 @@ def _scheduler(search: Search, domains: dict[str, Any], evaluations: int) -> Any
         return schedulers.ASHAScheduler(**time, max_t=evaluations, grace_period=look, reduction_factor=REDUCTION)
     if search.scheduler == "median":
         return schedulers.MedianStoppingRule(**time, grace_period=look)
-    if search.scheduler == "pbt":
-        return schedulers.PopulationBasedTraining(**time, perturbation_interval=look, hyperparam_mutations=domains)
     return None
 
 

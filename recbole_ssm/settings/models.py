@@ -49,6 +49,15 @@ class Scheduled(BaseModel):
         ge=0, lt=1,
     )  # fmt: skip
 
+    @model_validator(mode="after")
+    def _restarts(self):
+        if self.lr_restarts and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"lr_restarts is {self.lr_restarts}, but a learning rate that is constant never falls: set "
+                "lr_scheduler_type: cosine or linear."
+            )
+        return self
+
 
 class OnePass(Scheduled, Sequential):
     """Settings of models that can be trained on whole histories."""

@@ -40,6 +40,19 @@ def test_a_saved_dataset_follows_new_eval_args():
     assert [len(part) for part in saved] == [len(part) for part in fresh]
 
 
+def test_a_saved_dataset_follows_settings_that_recbole_forgets(caplog):
+    write_dataset("tiny", random_rows())
+    common = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "checkpoint_dir": "kept"}
+    create_dataset(small_config("FM", save_dataset=True, **common))
+    create_dataset(small_config("FM", **common))
+    assert "changed since" not in caplog.text
+    buckets = {"numerical_features": ["timestamp"], "discretization": {"timestamp": {"method": "ED", "bucket": 3}}}
+    found = create_dataset(small_config("FM", **common, **buckets))
+    assert "numerical_features, discretization changed since" in caplog.text
+    fresh = create_dataset(small_config("FM", **{**common, "checkpoint_dir": "other"}, **buckets))
+    assert found.num("timestamp") == fresh.num("timestamp")
+
+
 def test_a_saved_dataset_runs_no_code(caplog):
     """Neither one that lies where RecBole looks, nor one that is named."""
     write_dataset("tiny", random_rows())
