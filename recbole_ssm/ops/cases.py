@@ -63,6 +63,9 @@ FUNCTIONS: dict[str, Callable] = {**OPS, **ROWWISE, "selective_scan_last": selec
 # Inputs that have no rows: a model's weights, which stay float32 where autocast rounds the activations.
 WEIGHTS = {"A", "D", "dt_bias", "weight", "bias", "score_weight", "similarity_weight", "metric"}
 
+# Inputs that are made of embeddings, which autocast leaves float32, too.
+OF_EMBEDDINGS = {"feature"}
+
 Sizes = dict[str, int]
 
 
@@ -142,7 +145,7 @@ def make(
         dtype: of the inputs.
         device: where they lie.
         states: give an initial state and ask for the final one, where the op has them.
-        weights: dtype of those that have no rows, where it is another.
+        weights: dtype of those that have no rows, or are made of embeddings, where it is another.
         filled: give tables of fixed shapes, with surplus chunks, as training steps by CUDA graphs have them.
         fixed: further arguments.
     """
@@ -170,7 +173,7 @@ def make(
         fixed["return_final_state"] = True
     else:
         drawn.pop("initial_state", None)
-    dtypes = {name: weights or dtype if name in WEIGHTS else dtype for name in drawn}
+    dtypes = {name: weights or dtype if name in WEIGHTS | OF_EMBEDDINGS else dtype for name in drawn}
     inputs = {name: t.to(device, dtypes[name]).requires_grad_() for name, t in drawn.items()}
     return Case(op, inputs, fixed)
 

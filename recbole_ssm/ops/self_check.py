@@ -51,7 +51,7 @@ class Check:
         op: one of the four ops; its form for the last rows belongs to it.
         backend: which implementation.
         device: such as ``cuda:0``.
-        dtype: of the activations, such as ``bfloat16``; weights are float32, as under autocast.
+        dtype: of the activations, such as ``bfloat16``; weights and embeddings are float32, as under autocast.
         sizes: the letters of the op's docstring, and ``window`` where the attention has one.
         states: whether sequences have initial and final states, as in serving.
         tf32: whether products of float32 may be rounded to TF32.
