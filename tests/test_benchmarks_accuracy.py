@@ -398,7 +398,11 @@ def test_models_beside_an_experiment_are_run_once():
 
 @pytest.mark.parametrize(
     ("experiment", "dataset", "models"),
-    [("sparse", "amazon-beauty", ["STARRec", "Mamba4Rec", "SASRec"]), ("dense", "ml-1m", ["STARRec"])],
+    [
+        ("sparse", "amazon-beauty", ["STARRec", "Mamba4Rec", "SASRec"]),
+        ("sparse", "amazon-video-games", ["STARRec", "Mamba4Rec", "SASRec"]),
+        ("dense", "ml-1m", ["STARRec"]),
+    ],
 )
 def test_what_an_experiment_found_is_what_is_tuned(experiment, dataset, models):
     shipped = Study.read(study.FILE)
@@ -435,8 +439,9 @@ def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_wher
     assert len(both.all_rows()) == 2
     better = row_of(UNSEEN, 0.31, 0.5)
     assert found(own, better).rows["tiny"] == {FULL: {"SASRec": [better]}, UNSEEN: {"SASRec": [better]}}
-    several = [own, row_of(FULL, 0.1, 0.1, seed=2)]
-    assert found(*several, better).rows["tiny"][UNSEEN] == {"SASRec": several}
+    several = [own, row_of(FULL, 0.5, 0.9, seed=2)]
+    assert found(*several, better).rows["tiny"] == {FULL: {"SASRec": [better]}, UNSEEN: {"SASRec": [better]}}
+    assert found(*several, row_of(UNSEEN, 0.2, 0.3)).rows["tiny"][UNSEEN] == {"SASRec": several}
 
 
 def test_the_first_table_says_by_what_a_model_was_chosen(tmp_path):

@@ -25,7 +25,7 @@ class Results:
     """The rows of the study's grid, by set, candidates and model; seeds in their order.
 
     Of a model's runs that were chosen among these candidates and among the others (:func:`chosen_by`) those stand there
-    that are the best on the validation set, ranked among these; of unequal numbers of seeds those of more.
+    that are the best on the validation set, ranked among these, by the seeds that both have.
 
     Attributes:
         store: all runs.
@@ -52,9 +52,10 @@ class Results:
                         study.grid([model], [dataset], store.seeds(), chosen_by)
                         for chosen_by in dict.fromkeys((protocol, *PROTOCOLS))
                     )
-                    if made := [rows for rows in map(store.of, grids) if rows]:
-                        best = max(made, key=lambda rows: (len(rows), _valid(rows, protocol)))
-                        self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = best
+                    if made := {number: rows for number, rows in enumerate(map(store.of, grids)) if rows}:
+                        alike = same_seeds(made)
+                        best = max(made, key=lambda number: _valid(alike[number], protocol))
+                        self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = made[best]
         self.searched: dict[str, dict[str, Rows]] = {}
         for dataset in (name for name in study.plan["datasets"] if name not in study.also):
             for model in study.plan["models"]:

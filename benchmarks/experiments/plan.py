@@ -9,7 +9,7 @@ from benchmarks.accuracy.study import Study
 
 Settings = dict[str, Any]
 
-# Where a run as tuned takes too long for dozens of them: the same for all variants.
+# Where a run as searched takes too long for dozens of them: the same for all variants.
 SHORTER: dict[str, Settings] = {"ml-1m": {"epochs": 6}}
 
 
@@ -55,17 +55,19 @@ DENSE_VARIANTS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants of some models, each a setting or two away from what tuning found.
+    """Variants of some models, each a setting or two away from the paper's model after the study's equal searches.
 
     Attributes:
         title: what is asked.
         source: where the paper asks it.
         models: models that are varied alike.
-        variants: settings by the variant's name, in the order of the table; ``{}`` is the model as tuned.
+        variants: settings by the variant's name, in the order of the table; ``{}`` is the model as searched.
         xlabel: what the variants are numbers of, where they are; a line is drawn then, else bars.
         datasets: the only sets on which it makes sense; all where absent.
         model_settings: settings of all variants of a model.
         reference_models: models that are run in the first variant alone.
+        own_training: whether the variants say all that runs are trained by, so that no search counts.
+        shorter: whether :data:`SHORTER` holds.
     """
 
     title: str
@@ -76,6 +78,8 @@ class Experiment:
     datasets: tuple[str, ...] | None = None
     model_settings: dict[str, Settings] = field(default_factory=dict)
     reference_models: tuple[str, ...] = ()
+    own_training: bool = False
+    shorter: bool = True
 
     @property
     def all_models(self) -> tuple[str, ...]:
@@ -86,15 +90,14 @@ class Experiment:
         """Runs on a set by model and variant, one a seed; none where the set is not among ``datasets``."""
         if self.datasets is not None and dataset not in self.datasets:
             return {}
-        return {
-            (model, name): [_changed(spec, {**own, **settings}) for spec in study.grid([model], [dataset], seeds)]
-            for model, own in ((model, self.model_settings.get(model, {})) for model in self.all_models)
-            for name, settings in list(self.variants.items())[: 1 if model in self.reference_models else None]
-        }
-
-
-def _changed(spec: Spec, settings: Settings) -> Spec:
-    return replace(spec, settings={**spec.settings, **SHORTER.get(spec.dataset, {}), **settings})
+        shorter, seeds = SHORTER.get(dataset, {}) if self.shorter else {}, list(seeds)
+        found = {}
+        for model in self.all_models:
+            base = study.grid([model], [dataset], seeds) if self.own_training else study.searched(model, dataset, seeds)
+            own = {**shorter, **self.model_settings.get(model, {})}
+            for name, settings in list(self.variants.items())[: 1 if model in self.reference_models else None]:
+                found[model, name] = [replace(spec, settings={**spec.settings, **own, **settings}) for spec in base]
+        return found
 
 
 def _values(key: str, values: Iterable[Any]) -> dict[str, Settings]:
@@ -108,6 +111,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec", "Mamba4Rec", "SASRec", "SSD4Rec"),
         {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
         "maximum length",
+        shorter=False,
     ),
     "layers": Experiment(
         "Is one layer enough?",
@@ -133,6 +137,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec",),
         {name: {**SPARSE_TRAINING, **change} for name, change in SPARSE_VARIANTS.items()},
         datasets=("amazon-beauty", "amazon-video-games"),
+        own_training=True,
         model_settings={
             "STARRec": {**FILTERED, "feed_forward": True, "use_position_embedding": False},
             "Mamba4Rec": FILTERED,
@@ -149,6 +154,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec",),
         {name: {**DENSE_TRAINING, **change} for name, change in DENSE_VARIANTS.items()},
         datasets=("ml-1m",),
+        own_training=True,
         model_settings={
             "STARRec": {**DEEP, "feed_forward": True},
             "Mamba4Rec": DEEP,
@@ -235,7 +241,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "not in the papers: what was tried beside learning rate and dropout",
         ("STARRec", "Mamba4Rec"),
         {
-            "as tuned": {},
+            "as searched": {},
             "constant learning rate": {"lr_scheduler_type": "constant"},
             "learning rate falling as a cosine": {"lr_scheduler_type": "cosine"},
             "1,024 targets a step": {"train_batch_size": 1024},

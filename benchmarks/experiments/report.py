@@ -31,9 +31,10 @@ def write_pages(results: Path, file: Path) -> None:
     page = Page("The papers' experiments")
     page.text(
         "Written by `python -m benchmarks experiments`. Split, candidates, order and choice of the epoch (by all "
-        "items, where nothing else is said) are those of [the study](study.md); settings are those that tuning found, "
-        "but for what an experiment varies (and 6 epochs on ml-1m where it does not vary those); a variant that tuning "
-        "chose is not listed again. "
+        "items, where nothing else is said) are those of [the study](study.md). Where nothing else is said either, the "
+        "models are [the papers', searched alike](study.md#the-papers-models-searched-alike), but for what an "
+        "experiment varies (and 6 epochs on ml-1m, where lengths are not what varies); a variant that the search chose "
+        "is not listed again. "
         f"Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of some "
         "percent are noise."
     )
