@@ -81,8 +81,8 @@ def recommend_all(
     """Write the items that are most likely to come next for each user of a file.
 
     The output has the columns ``user`` and ``item`` (text), ``score`` and ``rank`` (from 1), a user's rows together; it
-    replaces what is there. A run that was killed is gone on with by the same call. One of another input, model or
-    option starts anew.
+    replaces recommendations that are there, and nothing else. A run that was killed is gone on with by the same call.
+    One of another input, model or option starts anew.
 
     Args:
         recommender: whose recommendations they are.
@@ -100,7 +100,8 @@ def recommend_all(
         at: the time at which recommendations are asked for, where the model reads it.
 
     Raises:
-        UserError: for an input that cannot be read, or an option that makes no sense.
+        UserError: for an input that cannot be read, an option that makes no sense, or an output that would replace
+            anything but recommendations.
         CannotWrite: where the output cannot be written.
     """
     if index not in INDEXES:
@@ -130,7 +131,7 @@ def recommend_all(
         "candidates": hashlib.blake2b(columns.tobytes(), digest_size=16).hexdigest(),
         "index": [index, lists_searched] if index == "faiss" else [index],
     }
-    place = Output(output)
+    place = Output(output, [interactions.path, *interactions.files])
     with place.held():
         state = place.begin(job, min(MOST_PARTS, -(-interactions.size // BYTES_OF_A_PART)))
         answers = _Answers(recommender, columns, k, exclude_seen, batch_users, at)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,15 +47,25 @@ class Progress:
 
 
 class Output:
-    """The output, and the folder in which it is made."""
+    """The output, and the folder in which it is made.
 
-    def __init__(self, output: str | Path):
+    Args:
+        output: a file of Parquet, or a folder of such.
+        read: files and folders that the run reads.
+
+    Raises:
+        UserError: where it would replace anything but recommendations, or be among what is read.
+        CannotWrite: where it cannot be written.
+    """
+
+    def __init__(self, output: str | Path, read: Iterable[Path] = ()):
         self.output = Path(output)
         if not self.output.name:
             raise UserError(f"output is {str(output)!r}: name a file, or a folder with / at its end.")
         self.is_folder = str(output).endswith(("/", os.sep)) or self.output.is_dir()
         self.scratch = self.output.with_name(f"{self.output.name}.partial")
         self.parts, self._progress = self.scratch / "parts", self.scratch / "state.json"
+        self._check_apart({path.resolve() for path in read})
         if self.is_folder:
             check_folder(self.output.parent, "choose another --output")
             if self.output.exists() and (not self.output.is_dir() or not self._holds_parts()):
@@ -63,10 +73,20 @@ class Output:
                     f"{self.output} holds other files than parts of recommendations: name another --output."
                 )
         else:
+            if self.output.exists() and not _replaceable(self.output):
+                raise UserError(f"{self.output} is there, and holds no recommendations: name another --output.")
             check_file(self.output, "choose another --output")
 
+    def _check_apart(self, read: set[Path]) -> None:
+        place = self.output.resolve()
+        replaced = {place, self.scratch.resolve()} & read.union(*(path.parents for path in read))
+        if replaced or (place.parent in read and place.suffix == ".parquet"):
+            raise UserError(
+                f"{self.output} would replace the input, or be read as a part of it: name another --output."
+            )
+
     def _holds_parts(self) -> bool:
-        return all(file.match("part-*.parquet") for file in self.output.iterdir())
+        return all(file.match("part-*.parquet") and _replaceable(file) for file in self.output.iterdir())
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -140,6 +160,14 @@ class Output:
                 os.replace(self.scratch / "all", self.output)
         shutil.rmtree(self.scratch, ignore_errors=True)  # Windows keeps the lock, which is open
         return {name: sum(count[name] for count in counts) for name in ("users", "answered")} | {"rows": rows}
+
+
+def _replaceable(file: Path) -> bool:
+    """Whether there is nothing in it, or recommendations."""
+    try:
+        return file.is_file() and (not file.stat().st_size or pa.parquet.read_schema(file).equals(SCHEMA))
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def counts_of(part: Path) -> dict[str, int]:

@@ -316,12 +316,46 @@ def test_an_option_that_makes_no_sense_is_one_sentence(options, message):
 
 def test_an_output_that_is_there_is_replaced():
     served = recommender("Mamba4Rec")
+    Path("out.parquet").touch()
     for users in (100, 50):
         table = interactions(users)
         for output in ("out.parquet", "out/"):
             batch.recommend_all(served, written(table, "csv"), output, k=2)
             check(pd.read_parquet(output), served.recommend(table, 2))
         assert not list(Path().glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("input", "output", "message"),
+    [
+        ("in.csv", "in.csv", "would replace the input"),
+        ("in.csv", "link.parquet", "would replace the input"),
+        ("in", "in", "would replace the input"),
+        ("in", "in/part-0.parquet", "would replace the input"),
+        ("in", "in/out.parquet", "or be read as a part of it"),
+        ("in/part-0.parquet", "in/", "would replace the input"),
+        ("out.parquet.partial/in.csv", "out.parquet", "would replace the input"),
+        ("in.csv", "model.pth", "is there, and holds no recommendations"),
+        ("in.csv", "other.parquet", "is there, and holds no recommendations"),
+        ("in.csv", "pipe", "is there, and holds no recommendations"),
+        ("in.csv", "other", "other holds other files than parts of recommendations"),
+    ],
+)
+def test_nothing_but_recommendations_is_replaced(input, output, message):
+    table = interactions(9)
+    for folder in ("in", "other", "out.parquet.partial"):
+        Path(folder).mkdir()
+    for file in ("in.csv", "out.parquet.partial/in.csv"):
+        table.to_csv(file, index=False)
+    for file in ("in/part-0.parquet", "other/part-0.parquet", "other.parquet"):
+        table.to_parquet(file)
+    Path("link.parquet").symlink_to("in.csv")
+    Path("model.pth").write_bytes(b"PK")
+    os.mkfifo("pipe")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        batch.recommend_all(recommender("Mamba4Rec"), input, output)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path in before}
 
 
 def test_an_index_is_held_to_the_exact_answer(checkpoint, monkeypatch, capsys):
