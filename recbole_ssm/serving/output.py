@@ -6,6 +6,9 @@ The folder ``<output>.partial`` stands beside it until all is done::
     state.json      what the run is of, and how much of the input has been read
     spills/         what has been read
     parts/          the parts that are answered
+    before/         the folder that is being replaced
+
+Whatever ``state.json`` tells of is there: it is the first to go.
 """
 
 import json
@@ -62,9 +65,10 @@ class Output:
         self.output = Path(output)
         if not self.output.name:
             raise UserError(f"output is {str(output)!r}: name a file, or a folder with / at its end.")
-        self.is_folder = str(output).endswith(("/", os.sep)) or self.output.is_dir()
         self.scratch = self.output.with_name(f"{self.output.name}.partial")
         self.parts, self._progress = self.scratch / "parts", self.scratch / "state.json"
+        self._before = self.scratch / "before"
+        self.is_folder = str(output).endswith(("/", os.sep)) or self.output.is_dir() or self._before.is_dir()
         self._check_apart({path.resolve() for path in read})
         if self.is_folder:
             check_folder(self.output.parent, "choose another --output")
@@ -99,6 +103,9 @@ class Output:
 
     def begin(self, job: dict[str, Any], parts: int) -> Progress:
         """Where a run of the same job stopped, or a new one."""
+        if self._before.exists() and not self.output.exists():
+            with writing(self.output, REMEDY):
+                os.replace(self._before, self.output)
         state = None
         try:
             state = Progress(**json.loads(self._progress.read_text()))
@@ -112,6 +119,7 @@ class Output:
             state = None
         if state is None:
             state = Progress(job, max(1, parts))
+            self._progress.unlink(missing_ok=True)
             for path in self.scratch.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -149,8 +157,9 @@ class Output:
         rows = sum(pa.parquet.read_metadata(file).num_rows for file in files)
         with writing(self.output, REMEDY):
             if self.is_folder:
+                shutil.rmtree(self._before, ignore_errors=True)
                 if self.output.exists():
-                    os.replace(self.output, self.scratch / "before")
+                    os.replace(self.output, self._before)
                 os.replace(self.parts, self.output)
             else:
                 with whole(self.scratch / "all") as scratch, pa.parquet.ParquetWriter(scratch, SCHEMA) as writer:
@@ -158,6 +167,7 @@ class Output:
                         for batch in pa.parquet.ParquetFile(file, buffer_size=1 << 20).iter_batches(ROW_GROUP):
                             writer.write_batch(batch, ROW_GROUP)
                 os.replace(self.scratch / "all", self.output)
+        self._progress.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)  # Windows keeps the lock, which is open
         return {name: sum(count[name] for count in counts) for name in ("users", "answered")} | {"rows": rows}
 

@@ -13,16 +13,14 @@ import pytest
 
 from recbole_ssm import Recommender, UserError
 from recbole_ssm.cli import run_recommend
-from recbole_ssm.errors import CannotWrite
 from recbole_ssm.quick_start import train_and_test
 
 from ..conftest import random_rows, small_config, write_dataset
-from ..test_places import command, disk_full_after
+from ..test_places import command
 from .conftest import recommender
 
 pa = pytest.importorskip("pyarrow")
 batch = pytest.importorskip("recbole_ssm.serving.batch")
-partition = pytest.importorskip("recbole_ssm.serving.partition")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 NAMES = ["user_id", "item_id", "timestamp"]
@@ -141,56 +139,6 @@ def test_what_is_left_out_is_told(caplog):
     assert done.users - done.answered >= 1
 
 
-class Stopped(BaseException):
-    """As if the process had been killed, wherever it may be caught."""
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Let the ``step``-th file (of spills, states and parts) be the last that appears."""
-    replace, count = os.replace, [0]
-
-    def counted(source, target):
-        if count[0] == step:
-            raise Stopped
-        count[0] += 1
-        replace(source, target)
-
-    monkeypatch.setattr(partition.os, "replace", counted)
-
-
-def stopped_run(monkeypatch, served, source) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 6)
-        with pytest.raises(Stopped):
-            batch.recommend_all(served, source, "out.parquet", k=3)
-
-
-@pytest.mark.parametrize("output", ["out.parquet", "out/"])
-def test_a_run_goes_on_from_wherever_it_stopped(output, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
-    served, source = recommender("Mamba4Rec"), written(interactions(120), "csv")
-    batch.recommend_all(served, source, "whole.parquet", k=3)
-    expected, step, begun = pd.read_parquet("whole.parquet"), 0, []
-    answer = batch.read_part
-    monkeypatch.setattr(batch, "read_part", lambda *given: begun.append(given[1]) or answer(*given))
-    while True:
-        with monkeypatch.context() as patch:
-            stop_at(patch, step)
-            try:
-                batch.recommend_all(served, source, output, k=3)
-                break
-            except Stopped:
-                parts = sorted(Path("out.parquet.partial" if output[-1] != "/" else "out.partial", "parts").iterdir())
-        begun.clear()
-        done = batch.recommend_all(served, source, output, k=3)
-        assert not {f"part-{number:05}.parquet" for number in begun} & {file.name for file in parts}
-        assert (done.users, done.answered) == (121, 120)
-        pd.testing.assert_frame_equal(pd.read_parquet(output), expected)
-        step += 1
-    assert step > 8
-    assert "rows read, 2 parts answered" in caplog.text
-
-
 KILLED = """
 import os, signal, sys
 from recbole_ssm.cli import run_recommend
@@ -224,37 +172,6 @@ def test_a_killed_command_goes_on(checkpoint, monkeypatch, capsys):
     assert len(after) > len(before)
     assert before.items() <= after.items()
     check(pd.read_parquet("out"), Recommender.load(checkpoint, "cpu").recommend(interactions(), 5))
-
-
-def test_another_job_starts_anew_and_says_so(monkeypatch, caplog):
-    served, source = recommender("Mamba4Rec"), written(interactions(100), "csv")
-    stopped_run(monkeypatch, served, source)
-    with caplog.at_level(logging.WARNING):
-        batch.recommend_all(served, source, "out.parquet", k=4)
-    assert "out.parquet.partial is of another run (other k): starting anew" in caplog.text
-    check(pd.read_parquet("out.parquet"), served.recommend(interactions(100), 4))
-    stopped_run(monkeypatch, served, source)
-    interactions(90).to_csv(source, index=False)
-    Path("out.parquet.partial/state.json.writing").write_text("{")
-    with caplog.at_level(logging.WARNING):
-        batch.recommend_all(served, source, "out.parquet", k=3)
-    assert "(other input): starting anew" in caplog.text
-    check(pd.read_parquet("out.parquet"), served.recommend(interactions(90), 3))
-
-
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(caplog):
-    served, source = recommender("Mamba4Rec"), written(interactions(), "csv")
-    for size in (6000, 12000):
-        with disk_full_after(size), pytest.raises(CannotWrite, match=r"out\.parquet.* cannot be written \(.*make room"):
-            batch.recommend_all(served, source, "out.parquet")
-    batch.recommend_all(served, source, "out.parquet")
-    check(pd.read_parquet("out.parquet"), served.recommend(interactions()))
-
-
-def test_two_runs_of_one_output_do_not_mix():
-    source = written(interactions(100), "csv")
-    with batch.Output("out.parquet").held(), pytest.raises(UserError, match=r"another run writes out\.parquet"):
-        batch.recommend_all(recommender("Mamba4Rec"), source, "out.parquet")
 
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -312,50 +229,6 @@ def test_an_option_that_makes_no_sense_is_one_sentence(options, message):
     Path("full/mine").touch()
     with pytest.raises(UserError, match=message):
         batch.recommend_all(recommender("Mamba4Rec"), written(interactions(9), "csv"), **{"output": "o", **options})
-
-
-def test_an_output_that_is_there_is_replaced():
-    served = recommender("Mamba4Rec")
-    Path("out.parquet").touch()
-    for users in (100, 50):
-        table = interactions(users)
-        for output in ("out.parquet", "out/"):
-            batch.recommend_all(served, written(table, "csv"), output, k=2)
-            check(pd.read_parquet(output), served.recommend(table, 2))
-        assert not list(Path().glob("*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("input", "output", "message"),
-    [
-        ("in.csv", "in.csv", "would replace the input"),
-        ("in.csv", "link.parquet", "would replace the input"),
-        ("in", "in", "would replace the input"),
-        ("in", "in/part-0.parquet", "would replace the input"),
-        ("in", "in/out.parquet", "or be read as a part of it"),
-        ("in/part-0.parquet", "in/", "would replace the input"),
-        ("out.parquet.partial/in.csv", "out.parquet", "would replace the input"),
-        ("in.csv", "model.pth", "is there, and holds no recommendations"),
-        ("in.csv", "other.parquet", "is there, and holds no recommendations"),
-        ("in.csv", "pipe", "is there, and holds no recommendations"),
-        ("in.csv", "other", "other holds other files than parts of recommendations"),
-    ],
-)
-def test_nothing_but_recommendations_is_replaced(input, output, message):
-    table = interactions(9)
-    for folder in ("in", "other", "out.parquet.partial"):
-        Path(folder).mkdir()
-    for file in ("in.csv", "out.parquet.partial/in.csv"):
-        table.to_csv(file, index=False)
-    for file in ("in/part-0.parquet", "other/part-0.parquet", "other.parquet"):
-        table.to_parquet(file)
-    Path("link.parquet").symlink_to("in.csv")
-    Path("model.pth").write_bytes(b"PK")
-    os.mkfifo("pipe")
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=message):
-        batch.recommend_all(recommender("Mamba4Rec"), input, output)
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path in before}
 
 
 def test_an_index_is_held_to_the_exact_answer(checkpoint, monkeypatch, capsys):
