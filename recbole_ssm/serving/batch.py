@@ -28,7 +28,7 @@ from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
 from recbole_ssm.places import writing
 from recbole_ssm.serving.approximate import ApproximateIndex, overlap
-from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
+from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of, numbers
 from recbole_ssm.serving.output import REMEDY, ROW_GROUP, SCHEMA, Output, Progress, counts_of
 from recbole_ssm.serving.partition import MOST_PARTS, read_part, whole, write_spill
 from recbole_ssm.serving.recommender import Recommender
@@ -111,8 +111,7 @@ def recommend_all(
             raise UserError(f"{name} is {number}: choose a whole number from 1.")
     if at is None and reads_request(recommender.time_columns):
         raise UserError(f"{ASK_WITH_TIME[:-1]} by --at.")
-    if at is not None and not np.isfinite(at):
-        raise UserError(f"at is {at}: give a finite number.")
+    at = at if at is None else float(numbers([at], "at")[0])
     vocabulary, config = recommender.vocabulary, recommender.config
     fields = (vocabulary.uid_field, vocabulary.iid_field, config["TIME_FIELD"])
     interactions = Interactions(Path(input), fields, bool(recommender.time_columns), config["field_separator"])

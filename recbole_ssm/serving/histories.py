@@ -51,6 +51,22 @@ class Histories:
         kept = from_end <= count
         return Histories(self.items[kept], np.minimum(self.lengths, count), *self._of_items(kept), self.at)
 
+    @staticmethod
+    def joined(parts: Sequence["Histories"]) -> "Histories":
+        """The histories of at least one of these, in that order."""
+
+        def all_of(values: list[np.ndarray | None]) -> np.ndarray | None:
+            given = [value for value in values if value is not None]
+            return np.concatenate(given) if len(given) == len(values) else None
+
+        return Histories(
+            np.concatenate([part.items for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            all_of([part.columns for part in parts]),
+            all_of([part.times for part in parts]),
+            all_of([part.at for part in parts]),
+        )
+
     def take(self, which: np.ndarray) -> "Histories":
         """The histories ``which`` (integer ``[M]``), in that order."""
         end = np.cumsum(self.lengths)
@@ -89,7 +105,7 @@ def read_histories(
             items and perhaps times. Interactions are ordered by time (ties as they come) where there is one.
         vocabulary: of the model.
         time_field: name of the column of times.
-        times: with lists, of their items.
+        times: with lists, of their items, none before that of the item before it.
         names: what the model reads of times.
         at: when it is asked what comes next, one time for all or one a history; of a table, in the order in which its
             users come.
@@ -98,7 +114,8 @@ def read_histories(
         The histories, and the users that they are of where ``given`` names them: in the order in which they come.
 
     Raises:
-        UserError: for a missing column, times that are missing or do not fit, or anything but these kinds.
+        UserError: for a missing column, times that are missing, do not fit, go backwards or are no finite numbers, or
+            anything but these kinds.
     """
     if hasattr(given, "to_pandas") and not isinstance(given, pd.DataFrame):
         given = given.to_pandas()
@@ -108,7 +125,9 @@ def read_histories(
             if field not in given.columns:
                 raise UserError(f"the table has no column {field!r}: it has {', '.join(map(str, given.columns))}.")
         group, users = pd.factorize(given[vocabulary.uid_field], use_na_sentinel=False)
-        when = given[time_field].to_numpy(dtype=np.float64) if time_field in given.columns else None
+        when = None
+        if time_field in given.columns:
+            when = numbers(given[time_field], f"a time in the column {time_field!r}")
         order = np.argsort(group, kind="stable") if when is None else np.lexsort((when, group))
         tokens, rows = given[vocabulary.iid_field].iloc[order], group[order]
         when = when if when is None else when[order]
@@ -121,31 +140,45 @@ def read_histories(
         tokens = [token for one in given for token in one]
         when = None
         if times is not None:
-            when = np.array([time for one in times for time in one], dtype=np.float64)
-            if len(times) != count or [len(one) for one in times] != [len(one) for one in given]:
+            try:
+                fit = [len(one) for one in times] == [len(one) for one in given]
+            except TypeError:  # it is of times instead of lists of them
+                fit = False
+            if not fit:
                 raise UserError("times are to be lists of as many times as there are items.")
+            when = numbers([time for one in times for time in one], "a time")
     else:
         raise UserError(f"sequences are lists of items, a DataFrame or an Arrow table, not {type(given).__name__}.")
-    if when is not None and not np.isfinite(when).all():
-        raise UserError("a time is no finite number.")
-    if names and when is None:
-        raise UserError(f"this model reads the time of each item: give times, or a column {time_field!r}.")
     ids = vocabulary.ids(tokens) if len(rows) else np.zeros(0, np.int64)
     return histories_of(ids, rows, count, when, names, _times_of_requests(at, count)), users
+
+
+def numbers(times: Any, what: str) -> np.ndarray:
+    """Times as float64, in the shape ``[]`` or ``[n]`` in which they are given.
+
+    Raises:
+        UserError: for anything but finite numbers. Dates are no numbers: they do not say what unit the model knows.
+    """
+    try:
+        found = np.asarray(times)
+    except ValueError:  # lists of several lengths
+        found = np.zeros((1, 1))
+    if (
+        found.ndim > 1
+        or (found.size and found.dtype.kind not in "iuf")
+        or not np.isfinite(found := found.astype(np.float64)).all()
+    ):
+        raise UserError(f"{what} is no finite number: give numbers, in the unit that the model was trained with.")
+    return found
 
 
 def _times_of_requests(at: Any, count: int) -> np.ndarray | None:
     """One time a history, float64 ``[N]``."""
     if at is None:
         return None
-    try:
-        found = np.asarray(at, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError("at is no time: give a number, or one a history.") from None
-    if found.ndim > 1 or (found.ndim and len(found) != count):
+    found = numbers(at, "at")
+    if found.ndim and len(found) != count:
         raise UserError(f"at is to be a time, or one a history, of which there are {count}.")
-    if not np.isfinite(found).all():
-        raise UserError("a time in at is no finite number.")
     return np.broadcast_to(found, count)
 
 
@@ -164,14 +197,23 @@ def histories_of(
         at: see :class:`Histories`; columns of what follows a history are unknown without it.
 
     Raises:
-        UserError: for a time in ``at`` that is before that of the history's last item.
+        UserError: for times that are missing where the model reads them, a time before that of the item before, and one
+            in ``at`` that is before that of the history's last item.
     """
+    if names and times is None:
+        raise UserError("this model reads the time of each item: give times, or a column of them.")
     known = ids > 0
     ids, rows, times = ids[known], rows[known], times if times is None else times[known]
+    if times is not None and (backwards := (np.diff(times) < 0) & (np.diff(rows) == 0)).any():
+        place = int(backwards.argmax())
+        raise UserError(
+            f"the time {times[place + 1]:.15g} of an item is before that of the item before it, {times[place]:.15g}: "
+            "give each history's items oldest first."
+        )
     lengths = np.bincount(rows, minlength=count).astype(np.int64)
     first = (np.cumsum(lengths) - lengths)[lengths > 0]
     columns = None
-    if names and times is not None:
+    if times is not None and names:
         asked = at if at is None else at[lengths > 0]
         if (
             asked is not None

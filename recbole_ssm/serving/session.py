@@ -5,6 +5,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,7 +132,9 @@ class Sessions:
             if wrong := self._wrong_time(state, time, "this model reads the time of each event: give it."):
                 raise UserError(wrong)
             read = state.times if time is None or state.times is None else np.append(state.times, time)
-            after[i] = State(np.append(state.items, np.int32(item)), {}, read, state.time if time is None else time)
+            after[i] = State(
+                np.append(state.items, np.int32(item)), {}, read, state.time if time is None else float(time)
+            )
             if self._carries(len(after[i])):
                 stepping.append(i)
         begun = [i for i in stepping if states[i].carried]
@@ -267,7 +270,7 @@ class Sessions:
     def _wrong_time(self, state: State, time: float | None, missing: str) -> str | None:
         if time is None:
             return missing if self.recommender.time_columns else None
-        if not np.isfinite(time):
+        if not isinstance(time, Real) or not np.isfinite(time):
             return f"time is {time}: give a finite number."
         if state.time is not None and time < state.time:
             return f"time {time} is before that of the session's last event, {state.time}."

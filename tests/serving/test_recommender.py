@@ -15,6 +15,8 @@ from recbole_ssm.serving import Recommender, top_items
 from ..conftest import random_rows, small_config, write_dataset
 from .conftest import recommender
 
+DATE = np.datetime64("2026-01-01")
+TABLE = pd.DataFrame({"user_id": ["u"], "item_id": ["i1"]})
 HISTORIES = [["i3", "i1", "i7"], ["i2"], [], ["i9", "i9", "i4", "i8", "i0"]]
 MODELS = {
     "STARRec": ("STARRec", {}),
@@ -115,6 +117,30 @@ def test_similar_items():
         (lambda served: served.recommend({"i1": 2}), "a DataFrame or an Arrow table, not dict"),
         (lambda served: served.recommend([["i1"]], times=[[1, 2]]), "as many times as there are items"),
         (lambda served: served.recommend([["i1"]], times=[[float("nan")]]), "a time is no finite number"),
+        (lambda served: served.recommend([["i1"]], times=[5]), "as many times as there are items"),
+        (
+            lambda served: served.recommend([["i1"]], times=[["now"]]),
+            "a time is no finite number: give numbers, in",
+        ),
+        (lambda served: served.recommend([["i1"]], times=[[DATE]]), "a time is no finite number"),
+        (lambda served: served.recommend([["i1"]], times=[[[1]]]), "a time is no finite number"),
+        (
+            lambda served: served.recommend([["i0"], ["i1", "new", "i2"]], times=[[9], [5, 0, 4]]),
+            "the time 4 of an item is before that of the item before it, 5: give each history's items oldest first",
+        ),
+        (
+            lambda served: served.recommend(TABLE.assign(timestamp=DATE)),
+            "in the column 'timestamp' is no finite number",
+        ),
+        (
+            lambda served: served.recommend(TABLE.assign(timestamp="now")),
+            "in the column 'timestamp' is no finite number",
+        ),
+        (
+            lambda served: served.recommend(TABLE.assign(timestamp=None)),
+            "in the column 'timestamp' is no finite number",
+        ),
+        (lambda served: served.session().append("i1", DATE), "give a finite number"),
         (lambda served: served.score([["i1"]], ["nothing"]), "does not know the item 'nothing'"),
         (lambda served: served.similar_items("nothing"), "does not know the item 'nothing'"),
     ],
@@ -122,6 +148,15 @@ def test_similar_items():
 def test_what_cannot_be_answered_is_one_sentence(call, message):
     with pytest.raises(UserError, match=message):
         call(recommender("Mamba4Rec"))
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint64", "float32", "Int64"])
+def test_times_are_numbers_of_any_kind(kind):
+    served = recommender("STARRec", use_time_gaps=True)
+    table = pd.DataFrame({"user_id": "u", "item_id": ["i2", "i1"], "timestamp": [1000, 10]})
+    found = served.recommend(table.astype({"timestamp": kind}), 3)
+    assert found["item_id"].tolist() == served.recommend([["i1", "i2"]], 3, times=[[10, 1000]]).items[0]
+    assert served.recommend(table[:0].astype({"timestamp": object})).empty
 
 
 def test_scores_stand_in_the_order_of_the_items_asked_for():

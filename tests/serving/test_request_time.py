@@ -60,6 +60,9 @@ def test_recommendations_are_those_of_the_evaluation(table):
             served.score(**asked)
         with pytest.raises(UserError, match="whose last item is of a later time"):
             served.score(**asked, at=[times[0] - 1])
+        for at in (np.datetime64("2026-01-01"), "now", float("nan"), [[1], [1, 2]]):
+            with pytest.raises(UserError, match="at is no finite number: give numbers, in the unit"):
+                served.score(**asked, at=at)
 
 
 @pytest.mark.parametrize("name", ["Mamba4Rec", "STARRec"])
@@ -108,7 +111,12 @@ def test_http(table):
             ]
 
     missing, early, good, untaken, taken, none, answer = asyncio.run(ask())
-    for refused, words in ((missing, MISSING), (early, "at is before"), (untaken, MISSING), (none, MISSING)):
+    for refused, words in (
+        (missing, MISSING),
+        (early, "whose last item is of a later time"),
+        (untaken, MISSING),
+        (none, MISSING),
+    ):
         assert refused.status_code == 422
         assert words in refused.json()["error"]["message"]
     for found, time in ((good, at), (taken, at), (answer, later)):
@@ -120,6 +128,8 @@ def test_all_users_of_a_file(table):
     table.to_csv("in.csv", index=False)
     with pytest.raises(UserError, match=r"request_time: known\): give it by --at"):
         recommend_all(served, "in.csv", "out.parquet", 4)
+    with pytest.raises(UserError, match="at is no finite number"):
+        recommend_all(served, "in.csv", "out.parquet", 4, at="now")
     recommend_all(served, "in.csv", "out.parquet", 4, at=at)
     found = pd.read_parquet("out.parquet")
     for user, own in found.groupby("user"):

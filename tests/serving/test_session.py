@@ -250,6 +250,8 @@ def test_times_of_events():
     with pytest.raises(UserError, match="give a finite number"):
         session.append("i2", float("nan"))
     assert len(session.state) == 1
+    session.append("i2", np.int64(11))
+    session.restore(session.to_bytes())
 
 
 def test_another_rule_is_refused():

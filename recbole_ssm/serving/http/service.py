@@ -147,42 +147,30 @@ class Service:
 
     def _recommend(self, asks: list[Ask]) -> list[Answer | Exception]:
         with self._metrics.batch("recommend", len(asks)):
-            answers: list[Answer | Exception] = [Answer([])] * len(asks)
-            which = []
-            for i, ask in enumerate(asks):
-                if wrong := self._wrong_times(ask):
-                    answers[i] = Refused(422, "invalid", wrong)
-                else:
-                    which.append(i)
-            ids, unknown = self._known([asks[i].items for i in which])
-            histories = self._histories(ids, [asks[i] for i in which])
+            ids, unknown = self._known([ask.items for ask in asks])
+            read = [self._history(own, ask) for own, ask in zip(ids, asks, strict=True)]
+            answers: list[Answer | Exception] = [one if isinstance(one, UserError) else Answer([]) for one in read]
+            histories = {i: one for i, one in enumerate(read) if isinstance(one, Histories)}
+            which = list(histories)
 
             def top(rows: np.ndarray, *how: Any) -> tuple[np.ndarray, np.ndarray]:
-                return self._recommender.top(histories.take(rows), *how)
+                return self._recommender.top(Histories.joined([histories[which[row]] for row in rows]), *how)
 
-            for i, found in zip(which, self._top([asks[i].choice for i in which], top, unknown), strict=True):
-                answers[i] = found
+            found = self._top([asks[i].choice for i in which], top, [unknown[i] for i in which])
+            for i, answer in zip(which, found, strict=True):
+                answers[i] = answer
             return answers
 
-    def _wrong_times(self, ask: Ask) -> str | None:
-        """A sentence where a request lacks a time that the model reads, or it is too early."""
-        if self._recommender.time_columns and ask.times is None:
-            return "this model reads the time of each item: give times."
-        if not self._sessions.waits:
-            return None
-        if ask.at is None:
-            return ASK_WITH_TIME
-        return "at is before the time of an item: ask for a time after it." if ask.at < max(ask.times or ()) else None
-
-    def _histories(self, ids: list[np.ndarray], asks: list[Ask]) -> Histories:
-        """Of ids, of which 0 is left out."""
-        rows = np.repeat(np.arange(len(ids)), [len(one) for one in ids])
-        names, when, at = self._recommender.time_columns, None, None
-        if names:
-            when = np.concatenate([np.zeros(0), *(np.asarray(ask.times, np.float64) for ask in asks)])
-        if self._sessions.waits:
-            at = np.array([ask.at for ask in asks], dtype=np.float64)
-        return histories_of(np.concatenate([np.zeros(0, np.int64), *ids]), rows, len(ids), when, names, at)
+    def _history(self, ids: np.ndarray, ask: Ask) -> Histories | UserError:
+        """Of a request's ids, of which 0 is left out; or why it has none."""
+        if self._sessions.waits and ask.at is None:
+            return UserError(ASK_WITH_TIME)
+        when = None if ask.times is None else np.array(ask.times, dtype=np.float64)
+        at = np.array([ask.at], dtype=np.float64) if self._sessions.waits else None
+        try:
+            return histories_of(ids, np.zeros(len(ids), np.int64), 1, when, self._recommender.time_columns, at)
+        except UserError as error:
+            return error
 
     def _known(self, tokens: list[Sequence[str]]) -> tuple[list[np.ndarray], list[list[str]]]:
         """Ids of lists of tokens, 0 for those that the model does not know, and the latter."""

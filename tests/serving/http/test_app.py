@@ -196,20 +196,22 @@ def test_times(timed):
         [("POST", "/recommend", right), ("POST", "/recommend", {"items": history}),
          ("POST", "/sessions/a/events", {**right, "k": 10}), ("POST", "/sessions/a/events", {"items": ["i4"]}),
          ("POST", "/sessions/a/events", {"items": ["i4", "i5"], "times": [2e6, 5]}),
-         ("GET", "/sessions/a/recommendations", None)],
+         ("GET", "/sessions/a/recommendations", None), ("POST", "/recommend", {**right, "times": [5, 0, 9]})],
     )  # fmt: skip
     for which in (0, 2, 5):
         same(answers[which], timed.recommend([history], times=[times]))
-    for which, said in ((1, "give times"), (3, "give it"), (4, "is before that of the session's last event")):
+    for which, said in ((1, "give times"), (3, "give it"), (4, "is before that of the session's last event"),
+                        (6, "before that of the item before it")):  # fmt: skip
         assert answers[which].status_code == 422
         assert said in answers[which].json()["error"]["message"]
 
 
-def test_one_bad_time_is_not_the_others_concern(timed):
+@pytest.mark.parametrize("path", ["/sessions/s{}/events", "/recommend"])
+def test_one_bad_time_is_not_the_others_concern(timed, path):
     async def together():
         async with running(create_app(timed)) as client:
-            whole = {f"s{n}": {"items": ["i1", "i2"], "times": [10, 5 if n == 2 else 20], "k": 3} for n in range(6)}
-            turns = [client.post(f"/sessions/{name}/events", json=body) for name, body in whole.items()]
+            whole = [{"items": ["i1", "i2"], "times": [10, 5 if n == 2 else 20], "k": 3} for n in range(6)]
+            turns = [client.post(path.format(n), json=body) for n, body in enumerate(whole)]
             return await asyncio.gather(*turns)
 
     answers = asyncio.run(together())
