@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     limits.add_argument("--max_body_kb", type=int, default=1024, help="(default: 1024)")
     limits.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="(default: 30)")
     limits.add_argument("--max_batch", type=int, default=256, help="requests scored together (default: 256)")
-    limits.add_argument("--max_waiting", type=int, default=10_000, help="requests that may wait (default: 10000)")
+    limits.add_argument(
+        "--max_waiting", type=int, default=10_000, help="requests of a kind that may wait (default: 10000)"
+    )
     return parser
 
 

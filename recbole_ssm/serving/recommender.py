@@ -233,11 +233,17 @@ class Recommender:
         chosen = self.vocabulary.id(item)
         columns = np.setdiff1d(self.columns(), [chosen])
         with torch.inference_mode():
-            table = F.normalize(self._table().float(), dim=-1)
+            table = self._directions
             scores = (table[chosen] @ table.T)[None, torch.from_numpy(columns).to(table.device)]
         ids, values = top_items(lambda _: scores, 1, columns, len(table), _checked(k))
         found = self.named(ids, values)
         return list(zip(found.items[0], found.scores[0], strict=True))
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """Embeddings of all ids, of length 1: a server is asked often, and a large catalogue's take long."""
+        with torch.inference_mode():
+            return F.normalize(self._table().float(), dim=-1)
 
     def item_embeddings(self) -> pd.DataFrame:
         """The embedding of each item, a row an item, by its token."""

@@ -96,7 +96,7 @@ def test_unknown_items_are_told_and_left_out(caplog):
     assert "2 of 4 items are unknown to the model and left out, such as 'new'" in caplog.text
 
 
-def test_similar_items():
+def test_similar_items(monkeypatch):
     served = recommender("Mamba4Rec")
     table = served.item_embeddings()
     assert table.shape == (served.vocabulary.item_num - 1, 16)
@@ -106,6 +106,8 @@ def test_similar_items():
     found = served.similar_items("i4", 3)
     assert [item for item, _ in found] == expected.index.tolist()
     np.testing.assert_allclose([score for _, score in found], expected, rtol=1e-5)
+    monkeypatch.setattr(served.model, "item_table", lambda: pytest.fail("all embeddings were read again"))
+    assert served.similar_items("i4", 3) == found
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Limits:
         body: bytes of a request.
         seconds: until a request is given up.
         batch: requests that are answered together.
-        waiting: requests that may wait.
+        waiting: requests of each kind that may wait.
     """
 
     body: int = 1 << 20
@@ -66,7 +66,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status, size, whole = time.perf_counter(), 0, 0, False
+        begin, status, size = time.perf_counter(), 0, 0
+        whole = scope["method"] != "POST"  # no other route waits for a body
         headers = dict(scope["headers"])
 
         async def counted() -> Message:

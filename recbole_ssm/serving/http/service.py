@@ -90,16 +90,18 @@ class Service:
         sessions: what happens to their states.
         metrics: what is counted.
         most: requests of a batch.
-        waiting: requests that may wait.
+        waiting: requests of each kind that may wait.
     """
 
     def __init__(
         self, recommender: Recommender, store: Store, sessions: Sessions, metrics: Metrics, most: int, waiting: int
     ):
         self._recommender, self._store, self._sessions, self._metrics = recommender, store, sessions, metrics
-        # Two queues, so that a store that does not answer keeps nobody waiting who asks nothing of it.
+        # A queue each, so that a store that does not answer keeps nobody waiting who asks nothing of it. Items like
+        # another one go between the batches of the others, one at a time.
         self._asks: Batcher[Ask, Answer] = Batcher(self._answer_asks, most, waiting)
         self._turns: Batcher[Turn, Answer] = Batcher(self._answer_turns, most, waiting)
+        self._likes: Batcher[tuple[str, int], list[tuple[str, float]]] = Batcher(self._answer_likes, 1, waiting)
         # One thread: a model on a machine's cores or its GPU gains nothing from a second.
         self._thread = ThreadPoolExecutor(1, "model")
 
@@ -117,7 +119,7 @@ class Service:
     async def run(self) -> None:
         """Answer until cancelled."""
         try:
-            await asyncio.gather(self._asks.run(), self._turns.run())
+            await asyncio.gather(self._asks.run(), self._turns.run(), self._likes.run())
         finally:
             self._thread.shutdown()
 
@@ -133,14 +135,17 @@ class Service:
         """See :meth:`~recbole_ssm.serving.recommender.Recommender.similar_items`.
 
         Raises:
-            Refused: for an item that the model does not know.
+            Refused: for an item that the model does not know, and where too many wait.
         """
         if not self._recommender.vocabulary.find([item])[0]:
             raise Refused(404, "unknown_item", "the model does not know this item: look it up at /items.")
-        return await self._in_thread(self._recommender.similar_items, item, k)
+        return await self._likes.ask((item, k))
 
     async def _in_thread(self, call: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *given)
+
+    async def _answer_likes(self, asked: list[tuple[str, int]]) -> list[list[tuple[str, float]] | Exception]:
+        return [await self._in_thread(self._recommender.similar_items, *one) for one in asked]
 
     async def _answer_asks(self, asks: list[Ask]) -> list[Answer | Exception]:
         return await self._in_thread(self._recommend, asks)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import threading
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from recbole_ssm.serving.http.app import create_app
 from recbole_ssm.serving.http.gate import Limits
 from recbole_ssm.serving.http.store import MemoryStore
-from recbole_ssm.serving.http.titles import Titles, read_titles, titles_beside
+from recbole_ssm.serving.http.titles import Titles
 from recbole_ssm.serving.session import Sessions
 
 from .conftest import ask, running
@@ -118,23 +117,6 @@ def test_similar_items_and_titles(served):
     assert fourth.json() == {"items": [{"item": "i4", "title": "The <b>Fourth</b>"}]}
     assert len(everything.json()["items"]) == 20
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "unknown_item")
-
-
-def test_titles_come_from_recboles_file(served, tmp_path):
-    file = tmp_path / "x.item"
-    file.write_text("item_id:token\tyear:float\tmovie_title:token_seq\ni4\t1\tThe Fourth\ni5\t2\t\nelse\t3\tElse\n")
-    found = read_titles(file, served.vocabulary)
-    assert (found.of("i4"), found.of("i5"), found.search("fourth", 5)) == ("The Fourth", None, ["i4"])
-    with pytest.raises(ValueError, match="no column 'plot': it has item_id, year, movie_title"):
-        read_titles(file, served.vocabulary, "plot")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_titles(tmp_path / "nothing.item", served.vocabulary)
-    beside = {"data_path": str(tmp_path), "dataset": "x"}
-    assert titles_beside(beside, served.vocabulary).of("i4") == "The Fourth"
-    file.write_text("item_id:token\tyear:float\ni4\t1\n")
-    assert titles_beside(beside, served.vocabulary).of("i4") is None
-    file.unlink()
-    assert titles_beside(beside, served.vocabulary).search("i4", 1) == ["i4"]
 
 
 def test_what_arrives_together_is_scored_together(served, monkeypatch):
@@ -273,26 +255,6 @@ def test_bad_input_is_one_sentence(served):
             assert len(error["message"]) < 800, what
 
 
-@pytest.mark.parametrize("how", ["length", "chunks"])
-def test_large_bodies_are_not_read(served, how):
-    taken = 0
-
-    async def chunks():
-        nonlocal taken
-        for _ in range(160):
-            taken += 1
-            yield b" " * 65536
-
-    async def large():
-        async with running(create_app(served)) as client:
-            body = b" " * (10 << 20) if how == "length" else chunks()
-            return await client.post("/recommend", content=body, headers={"Content-Type": "application/json"})
-
-    answer = asyncio.run(large())
-    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
-    assert taken < 160
-
-
 def test_the_token(served, caplog):
     token = "a-long-enough-token"
 
@@ -359,35 +321,6 @@ def test_least_recently_used_sessions_go_first(served):
     size.append("i1")
     *answers, _ = ask(served, asked, store=MemoryStore(most_bytes=2 * size.state.nbytes))
     assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 200, 404, 200]
-
-
-def test_too_many_and_too_slow(served, monkeypatch):
-    """Requests beyond what may wait, and those that take too long, are told so; the next ones are answered."""
-    go, top = threading.Event(), type(served).top
-
-    def slow(self, *given, **named):
-        go.wait(10)
-        return top(self, *given, **named)
-
-    async def crowd():
-        body = {"items": ["i1"]}
-        async with running(create_app(served, limits=Limits(batch=1, waiting=2, seconds=0.5))) as client:
-            monkeypatch.setattr(type(served), "top", slow)
-            first = asyncio.create_task(client.post("/recommend", json=body))
-            await asyncio.sleep(0.1)
-            answers = await asyncio.gather(*(client.post("/recommend", json=body) for _ in range(6)))
-            late = await first
-            go.set()
-            while (await client.post("/recommend", json=body)).status_code != 200:
-                await asyncio.sleep(0.02)
-            return late, answers
-
-    late, answers = asyncio.run(asyncio.wait_for(crowd(), 20))
-    kinds = [answer.json()["error"]["type"] for answer in [late, *answers]]
-    assert kinds.count("overloaded") == 4
-    assert kinds.count("timeout") == 3
-    assert {answer.status_code for answer in [late, *answers]} == {503}
-    assert late.headers["retry-after"] == "1"
 
 
 def test_a_failure_of_the_server_is_one_requests_own(served, monkeypatch):
