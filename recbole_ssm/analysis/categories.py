@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from recbole.utils.enum_type import FeatureType
 
-from recbole_ssm.data.reading import NAMES, AtomicFile
+from recbole_ssm.data.reading import NAMES, AtomicFile, file_format
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.errors import UserError
 
@@ -28,7 +28,7 @@ def history_categories(eval_data, file: Path, field: str) -> tuple[list[str], np
         UserError: where the file has no such column.
     """
     dataset: SequenceDataset = eval_data._dataset
-    items = AtomicFile(file, dataset.separator("field_separator"), dataset.config["encoding"] or "utf-8")
+    items = AtomicFile(file, *file_format(dataset.config))
     choice = [name for name, ftype in items.columns.items() if ftype == FeatureType.TOKEN_SEQ]
     if field not in choice or dataset.iid_field not in items.columns:
         raise UserError(

@@ -17,7 +17,7 @@ from recbole_ssm.data.filters import Filters
 from recbole_ssm.data.identity import digest_of, tokens_of
 from recbole_ssm.data.list_columns import LISTS, ListColumns
 from recbole_ssm.data.negatives import check_shares
-from recbole_ssm.data.reading import NAMES, NUMBERS, AtomicFile, first_line
+from recbole_ssm.data.reading import NAMES, NUMBERS, AtomicFile, file_format, first_line, separator
 from recbole_ssm.data.split_files import SplitFiles
 from recbole_ssm.errors import UserError
 from recbole_ssm.settings import Common
@@ -121,9 +121,9 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         load, unload = self._get_load_and_unload_col(source)
         if load == set() and source != FeatureSource.INTERACTION:
             return None
-        path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
+        path = Path(filepath)
         try:
-            file = AtomicFile(path, self.separator("field_separator"), encoding)
+            file = AtomicFile(path, *file_format(self.config))
             self.read_columns[getattr(source, "value", source)] = list(file.columns)
             columns = {
                 name: ftype
@@ -154,16 +154,8 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         return self._named(path, source, feat)
 
     def separator(self, setting: str) -> str:
-        """What ``field_separator`` or ``seq_separator`` says, also where a shell left the backslash of a tab in it.
-
-        Raises:
-            UserError: where that is nothing, or ends a line.
-        """
-        separator = self.config[setting]
-        separator = "" if separator is None else str(separator).replace("\\t", "\t")
-        if not separator or set(separator) & set("\r\n\0"):
-            raise UserError(f"{setting} is {self.config[setting]!r}: set it to what stands between, such as '\\t'.")
-        return separator
+        """See :func:`~recbole_ssm.data.reading.separator`."""
+        return separator(self.config, setting)
 
     def _kind(self, name: str, ftype: FeatureType, source: FeatureSource | str) -> str:
         """What :meth:`~recbole_ssm.data.reading.AtomicFile.read` shall make of a column."""

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,53 @@ BYTES_AT_A_TIME = 1 << 22
 STAND_INS = [bytes([code]) for code in range(1, 32) if code not in b"\n\r"]
 
 
+def separator(config: Any, setting: str) -> str:
+    """What ``field_separator`` or ``seq_separator`` says, also where a shell left the backslash of a tab in it.
+
+    Raises:
+        UserError: where that is nothing, or ends a line.
+    """
+    found = "" if config[setting] is None else str(config[setting]).replace("\\t", "\t")
+    if not found or set(found) & set("\r\n\0"):
+        raise UserError(f"{setting} is {config[setting]!r}: set it to what stands between, such as '\\t'.")
+    return found
+
+
+def file_format(config: Any) -> tuple[str, str]:
+    """How a dataset's files are written: what stands between their cells, and their encoding."""
+    return separator(config, "field_separator"), config["encoding"] or "utf-8"
+
+
+def columns_of(path: Path, header: str, separator: str, between: str | None = None) -> dict[str, FeatureType]:
+    """Each column's type by its name, of a file's first line.
+
+    Args:
+        path: of the file.
+        header: the line.
+        separator: what stands between the columns.
+        between: what stands there now, where that is a stand-in for it.
+
+    Raises:
+        UserError: for a line that is empty, or no such header.
+    """
+    header = header.rstrip("\r\n")
+    if not header:
+        raise UserError(f"{path} is empty: its first line should read like {HEADER_EXAMPLE}.")
+    columns: dict[str, FeatureType] = {}
+    types = {ftype.value: ftype for ftype in FeatureType}
+    for column in header.split(between or separator):
+        name, _, ftype = column.partition(":")
+        if not name or ftype not in types:
+            raise UserError(
+                f"{path} has a bad header: column {column!r} should be name:type with a type of "
+                f"{', '.join(types)}, separated by {separator!r} (field_separator), such as {HEADER_EXAMPLE}."
+            )
+        if name in columns:
+            raise UserError(f"{path} has two columns {name}: give each a name of its own.")
+        columns[name] = types[ftype]
+    return columns
+
+
 class AtomicFile:
     """One atomic file: a header of cells ``name:type``, then a row a line.
 
@@ -53,7 +100,7 @@ class AtomicFile:
     """
 
     def __init__(self, path: Path, separator: str, encoding: str = "utf-8"):
-        self.path, self.columns = path, dict[str, FeatureType]()
+        self.path = path
         self._separator, self._converted = separator.encode(), None
         try:
             if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig") or len(self._separator) > 1:
@@ -63,20 +110,8 @@ class AtomicFile:
         with self._open() as file:
             line = file.readline()
         self._check_text(line, 1)
-        header = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
-        if not header:
-            raise UserError(f"{path} is empty: its first line should read like {HEADER_EXAMPLE}.")
-        types = {ftype.value: ftype for ftype in FeatureType}
-        for column in header.split(self._separator.decode()):
-            name, _, ftype = column.partition(":")
-            if not name or ftype not in types:
-                raise UserError(
-                    f"{path} has a bad header: column {column!r} should be name:type with a type of "
-                    f"{', '.join(types)}, separated by {separator!r} (field_separator), such as {HEADER_EXAMPLE}."
-                )
-            if name in self.columns:
-                raise UserError(f"{path} has two columns {name}: give each a name of its own.")
-            self.columns[name] = types[ftype]
+        header = line.removeprefix(codecs.BOM_UTF8).decode()
+        self.columns = columns_of(path, header, separator, self._separator.decode())
 
     def read(self, kinds: Mapping[str, str]) -> pd.DataFrame:
         """The columns that ``kinds`` names, each as the kind that it gives; a row's index is its line, counted from 0.

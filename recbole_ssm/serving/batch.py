@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from recbole_ssm.data.context import reads_request
+from recbole_ssm.data.reading import file_format
 from recbole_ssm.errors import UserError
 from recbole_ssm.places import writing
 from recbole_ssm.serving.approximate import ApproximateIndex, overlap
@@ -114,7 +115,7 @@ def recommend_all(
     at = at if at is None else float(numbers([at], "at")[0])
     vocabulary, config = recommender.vocabulary, recommender.config
     fields = (vocabulary.uid_field, vocabulary.iid_field, config["TIME_FIELD"])
-    interactions = Interactions(Path(input), fields, bool(recommender.time_columns), config["field_separator"])
+    interactions = Interactions(Path(input), fields, bool(recommender.time_columns), *file_format(config))
     columns = recommender.columns(candidates)
     if not len(columns):
         raise UserError("none of the candidates is known to the model: name items that it was trained on.")

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from recbole_ssm.data.reading import MISSING_NUMBERS, AtomicFile
+from recbole_ssm.data.reading import MISSING_NUMBERS, columns_of
 from recbole_ssm.errors import UserError
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.float64())])
@@ -30,19 +30,27 @@ class Interactions:
         fields: names of the columns of users, items and times.
         wants_time: whether times must be there.
         separator: what stands between the cells of an atomic file.
+        encoding: of an atomic file; a CSV file is in UTF-8.
 
     Raises:
-        UserError: for a file that is missing, of another kind, or without these columns.
+        UserError: for a file that is missing, of another kind, or without these columns; for files of which some alone
+            have times, and a separator of several bytes, by which files are not read a batch at a time.
     """
 
     path: Path
     fields: tuple[str, str, str]
     wants_time: bool = False
     separator: str = "\t"
+    encoding: str = "utf-8"
 
     def __post_init__(self):
+        with_time = set()
         for file in self.files:
-            self._check_names(file, *self._names(file))
+            names, types = self._names(file)
+            self._check_names(file, names, types)
+            with_time.add(self.fields[2] in names)
+        if len(with_time) > 1:
+            raise UserError(f"some files of {self.path} have a column {self.fields[2]!r}, and some not: mend them.")
 
     @property
     def files(self) -> list[Path]:
@@ -84,7 +92,7 @@ class Interactions:
                     self._check(file, batch, before)
                     before += len(batch)
                     yield batch
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, UnicodeError) as error:
                 raise _unreadable(file, error) from error
 
     def _names(self, file: Path) -> tuple[list[str], dict[str, Any]]:
@@ -94,10 +102,17 @@ class Interactions:
                 schema = _opened(file).schema_arrow
                 return schema.names, dict(zip(schema.names, schema.types, strict=True))
             if file.suffix == ".inter":
-                return list(AtomicFile(file, self.separator).columns), {}
+                if len(self.separator.encode()) > 1:
+                    raise UserError(
+                        f"{file} is separated by {self.separator!r} (field_separator), of more than a byte: give the "
+                        "same rows as .csv or .parquet."
+                    )
+                with file.open(encoding=self.encoding, newline="\n") as lines:
+                    header = lines.readline().removeprefix("\ufeff")
+                return list(columns_of(file, header, self.separator)), {}
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 return next(csv.reader(lines), []), {}
-        except (pa.ArrowException, OSError, UnicodeError, csv.Error) as error:
+        except (pa.ArrowException, OSError, UnicodeError, LookupError, csv.Error) as error:
             raise _unreadable(file, error) from error
 
     def _check_names(self, file: Path, names: list[str], types: dict[str, Any]) -> None:
@@ -130,7 +145,10 @@ class Interactions:
         stream = pa.csv.open_csv(
             file,
             pa.csv.ReadOptions(
-                block_size=TEXT_AT_A_TIME, column_names=names if atomic else None, skip_rows=1 if atomic else 0
+                block_size=TEXT_AT_A_TIME,
+                column_names=names if atomic else None,
+                skip_rows=1 if atomic else 0,
+                encoding=self.encoding if atomic else "utf-8",
             ),
             pa.csv.ParseOptions(
                 delimiter=self.separator if atomic else ",",

@@ -130,6 +130,46 @@ def test_without_times_the_order_is_that_of_the_rows():
     check(pd.read_parquet("out.parquet"), served.recommend(table, 5))
 
 
+@pytest.mark.parametrize(("separator", "encoding"), [("\\t", "utf-8"), (";", "latin-1"), ("|", "utf-16"), ("\t", None)])
+def test_an_atomic_file_is_read_as_in_training(separator, encoding):
+    served, table = recommender("Mamba4Rec"), interactions(20)
+    served.config.final_config_dict.update(field_separator=separator, encoding=encoding)
+    path = written(table, "inter")
+    text = path.read_text("utf-8-sig").replace("\t", separator.replace("\\t", "\t"))
+    path.write_bytes(text.encode(encoding or "utf-8"))
+    batch.recommend_all(served, path, "out.parquet", 5)
+    check(pd.read_parquet("out.parquet"), served.recommend(table, 5))
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding", "message"),
+    [
+        (
+            "::",
+            "utf-8",
+            r"a\.inter is separated by '::' \(field_separator\), of more than a byte: give the same rows as",
+        ),
+        ("§", "utf-8", "is separated by '§'"),
+        ("", "utf-8", "field_separator is ''"),
+        ("\t", "ascii", "a.inter cannot be read .*ascii"),
+        ("\t", "hex", "a.inter cannot be read .*hex"),
+    ],
+)
+def test_an_atomic_file_that_is_written_otherwise_is_one_sentence(separator, encoding, message):
+    served = recommender("Mamba4Rec")
+    served.config.final_config_dict.update(field_separator=separator, encoding=encoding)
+    Path("a.inter").write_text(HEADER + "ü\ti1\t1\n", "utf-8")
+    with pytest.raises(UserError, match=message):
+        batch.recommend_all(served, "a.inter", "out.parquet")
+
+
+def test_times_in_some_files_alone_are_refused():
+    path = written(interactions(9), "folder")
+    pd.read_parquet(path / "b.parquet").drop(columns="timestamp").to_parquet(path / "b.parquet")
+    with pytest.raises(UserError, match="some files of input have a column 'timestamp', and some not: mend them"):
+        batch.recommend_all(recommender("Mamba4Rec"), path, "out.parquet")
+
+
 def test_what_is_left_out_is_told(caplog):
     table = interactions()
     unknown = int((~table["item_id"].isin([f"i{i}" for i in range(30)])).sum())

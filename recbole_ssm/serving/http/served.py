@@ -66,7 +66,7 @@ class Served:
         )
         vocabulary = recommender.vocabulary
         if self.items:
-            titles = read_titles(self.items, vocabulary, self.title)
+            titles = read_titles(self.items, recommender.config, vocabulary, self.title)
         else:
             titles = titles_beside(recommender.config, vocabulary)
         return create_app(recommender, store, self.rule, titles, self.limits, self.token)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from recbole_ssm.config import Config
-from recbole_ssm.data.reading import NAMES, AtomicFile
+from recbole_ssm.data.reading import NAMES, AtomicFile, file_format
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.vocabulary import Vocabulary
 
@@ -38,16 +38,17 @@ def titles_beside(config: Config, vocabulary: Vocabulary) -> Titles:
     """Titles from the ``.item`` file of the dataset that a model was trained on, where both are there; else none."""
     file = Path(config["data_path"], f"{config['dataset']}.item")
     try:
-        return read_titles(file, vocabulary) if file.is_file() else Titles(vocabulary)
+        return read_titles(file, config, vocabulary) if file.is_file() else Titles(vocabulary)
     except UserError:
         return Titles(vocabulary)
 
 
-def read_titles(file: str | Path, vocabulary: Vocabulary, column: str | None = None) -> Titles:
-    """Titles from a file in RecBole's atomic format, columns separated by tabs.
+def read_titles(file: str | Path, config: Config, vocabulary: Vocabulary, column: str | None = None) -> Titles:
+    """Titles from a file in RecBole's atomic format.
 
     Args:
-        file: with a column of items, named as in the data that the model was trained on.
+        file: with a column of items, named as in the data that the model was trained on, and written as these.
+        config: of the model.
         vocabulary: of the model.
         column: with the titles; the first whose name holds ``title`` or ``name`` where absent.
 
@@ -55,7 +56,7 @@ def read_titles(file: str | Path, vocabulary: Vocabulary, column: str | None = N
         UserError: for a file that cannot be read, or has no such columns.
     """
     try:
-        items = AtomicFile(Path(file), "\t")
+        items = AtomicFile(Path(file), *file_format(config))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): name RecBole's .item file.") from error
     names = list(items.columns)
