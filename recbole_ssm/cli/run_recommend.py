@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="faiss: an approximate index, whose recall is measured on a sample, for large catalogues",
     )  # fmt: skip
     parser.add_argument(
-        "--lists", type=int, default=64, help="with --index=faiss: lists of the index searched a user (default: 64)"
+        "--lists", type=int, help="with --index=faiss: lists of the index searched a user (default: 64)"
     )
     return parser
 
@@ -69,13 +69,15 @@ def main() -> int:
 
 
 def _recommend(args: argparse.Namespace) -> None:
-    from recbole_ssm.errors import BackendUnavailable
+    from recbole_ssm.errors import BackendUnavailable, UserError
     from recbole_ssm.serving import Recommender
 
     if importlib.util.find_spec("pyarrow") is None:
         raise BackendUnavailable("files are read and written by PyArrow: pip install 'recbole-ssm[serve]'.")
     from recbole_ssm.serving.batch import recommend_all, set_threads
 
+    if args.lists is not None and args.index != "faiss":
+        raise UserError("--lists is of an index: add --index=faiss, or leave it out.")
     if args.threads is not None:
         set_threads(args.threads)
     candidates = None if args.candidates is None else _lines(args.candidates)
@@ -88,10 +90,10 @@ def _recommend(args: argparse.Namespace) -> None:
         args.exclude_seen,
         candidates,
         args.index,
-        args.lists,
-        args.batch_users,
+        batch_users=args.batch_users,
         show_progress=True,
         at=args.at,
+        **({} if args.lists is None else {"lists_searched": args.lists}),
     )
     print(
         f"{done.rows} recommendations for {done.answered} of {done.users} users in {args.output} "

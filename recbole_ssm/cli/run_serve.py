@@ -1,6 +1,7 @@
 """``run_serve``: recommendations and live sessions over HTTP."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="past MAX_ITEM_LIST_LENGTH events: read the latest (default), or let the state go on",
     )  # fmt: skip
     sessions.add_argument("--redis", metavar="URL", help="keep them there, such as redis://localhost:6379/0")
-    sessions.add_argument("--session_days", type=float, default=30, help="in Redis, after the last event (default: 30)")
-    sessions.add_argument("--max_sessions", type=int, default=100_000, help="in memory (default: 100000)")
-    sessions.add_argument("--max_session_mb", type=int, default=1024, help="memory of their states (default: 1024)")
+    sessions.add_argument("--session_days", type=float, help="in Redis, after the last event (default: 30)")
+    sessions.add_argument("--max_sessions", type=int, help="in memory (default: 100000)")
+    sessions.add_argument("--max_session_mb", type=int, help="in memory, of their states (default: 1024)")
     limits = parser.add_argument_group("limits of requests")
     limits.add_argument("--max_body_kb", type=int, default=1024, help="(default: 1024)")
     limits.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="(default: 30)")
@@ -78,10 +79,15 @@ def _serve(args: argparse.Namespace) -> None:
         "max_batch",
         "max_waiting",
     ):
-        if not getattr(args, option) > 0:
-            raise UserError(f"--{option} is {getattr(args, option)}: choose a number above 0.")
+        if (value := getattr(args, option)) is not None and not 0 < value < math.inf:
+            raise UserError(f"--{option} is {value}: choose a number above 0.")
     if args.redis and "@" in args.redis:
         raise UserError(f"a password in --redis can be read by everybody on this machine: set {REDIS} instead.")
+    redis = args.redis or os.environ.get(REDIS)
+    here, there = ("Redis", "memory") if redis else ("memory", "Redis")
+    for option in ("max_sessions", "max_session_mb") if redis else ("session_days",):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is of sessions in {there}, and these are kept in {here}: leave it out.")
     if args.title and not args.items:
         raise UserError("--title is a column of --items: name that file, too.")
     token = _token(args.token_file)
@@ -92,18 +98,21 @@ def _serve(args: argparse.Namespace) -> None:
         from recbole_ssm.serving.http.served import Served, serve
     except ModuleNotFoundError as error:
         raise UserError(f"run_serve needs {error.name}: pip install 'recbole-ssm[serve]'.") from error
+    sessions = {
+        "session_seconds": args.session_days and (int(args.session_days * 24 * 3600) or 1),
+        "most_sessions": args.max_sessions,
+        "most_session_bytes": args.max_session_mb and args.max_session_mb << 20,
+    }
     served = Served(
         args.checkpoint,
         args.device,
         args.rule,
-        args.redis or os.environ.get(REDIS),
-        int(args.session_days * 24 * 3600) or 1,
-        args.max_sessions,
-        args.max_session_mb << 20,
-        args.items,
-        args.title,
-        token,
-        Limits(args.max_body_kb << 10, args.timeout, args.max_batch, args.max_waiting),
+        redis,
+        items=args.items,
+        title=args.title,
+        token=token,
+        limits=Limits(args.max_body_kb << 10, args.timeout, args.max_batch, args.max_waiting),
+        **{name: value for name, value in sessions.items() if value is not None},
     )
     serve(served, args.host, args.port, args.workers)
 

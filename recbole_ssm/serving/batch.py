@@ -29,7 +29,7 @@ from recbole_ssm.data.reading import file_format
 from recbole_ssm.errors import UserError
 from recbole_ssm.places import writing
 from recbole_ssm.serving.approximate import ApproximateIndex, overlap
-from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of, numbers
+from recbole_ssm.serving.histories import ASK_WITH_TIME, ASKED_IN_VAIN, Histories, histories_of, numbers
 from recbole_ssm.serving.output import REMEDY, ROW_GROUP, SCHEMA, Output, Progress, counts_of
 from recbole_ssm.serving.partition import MOST_PARTS, read_part, whole, write_spill
 from recbole_ssm.serving.recommender import Recommender
@@ -110,8 +110,8 @@ def recommend_all(
     for name, number in (("k", k), ("batch_users", batch_users)):
         if number < 1:
             raise UserError(f"{name} is {number}: choose a whole number from 1.")
-    if at is None and reads_request(recommender.time_columns):
-        raise UserError(f"{ASK_WITH_TIME[:-1]} by --at.")
+    if (at is not None) != reads_request(recommender.time_columns):
+        raise UserError(f"{ASK_WITH_TIME[:-1]} by --at." if at is None else ASKED_IN_VAIN)
     at = at if at is None else float(numbers([at], "at")[0])
     vocabulary, config = recommender.vocabulary, recommender.config
     fields = (vocabulary.uid_field, vocabulary.iid_field, config["TIME_FIELD"])

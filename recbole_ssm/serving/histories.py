@@ -15,6 +15,9 @@ from recbole_ssm.ops.packing import cu_seqlens_from_lengths
 from recbole_ssm.serving.vocabulary import Vocabulary
 
 ASK_WITH_TIME = "this model reads the time at which it is asked (it was trained with request_time: known): give it."
+ASKED_IN_VAIN = (
+    "this model does not read the time at which it is asked (it was trained without request_time: known): leave at out."
+)
 
 
 @dataclass(frozen=True)
@@ -198,10 +201,12 @@ def histories_of(
 
     Raises:
         UserError: for times that are missing where the model reads them, a time before that of the item before, and one
-            in ``at`` that is before that of the history's last item.
+            in ``at`` that is before that of the history's last item, or that the model does not read.
     """
     if names and times is None:
         raise UserError("this model reads the time of each item: give times, or a column of them.")
+    if at is not None and not reads_request(names):
+        raise UserError(ASKED_IN_VAIN)
     known = ids > 0
     ids, rows, times = ids[known], rows[known], times if times is None else times[known]
     if times is not None and (backwards := (np.diff(times) < 0) & (np.diff(rows) == 0)).any():
@@ -215,11 +220,7 @@ def histories_of(
     columns = None
     if times is not None and names:
         asked = at if at is None else at[lengths > 0]
-        if (
-            asked is not None
-            and reads_request(names)
-            and (early := asked < times[np.append(first, len(ids))[1:] - 1]).any()
-        ):
+        if asked is not None and (early := asked < times[np.append(first, len(ids))[1:] - 1]).any():
             raise UserError(
                 f"at is {asked[early][0]:g} for a history whose last item is of a later time: ask for a time after it."
             )

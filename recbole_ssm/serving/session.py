@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recbole_ssm.data.context import reads_request
 from recbole_ssm.errors import UserError
-from recbole_ssm.serving.histories import ASK_WITH_TIME, Histories, histories_of
+from recbole_ssm.serving.histories import ASK_WITH_TIME, ASKED_IN_VAIN, Histories, histories_of
 
 if TYPE_CHECKING:
     from recbole_ssm.serving.recommender import Recommendations, Recommender
@@ -161,7 +161,7 @@ class Sessions:
             at: the time at which each is asked about, where the model reads it.
 
         Raises:
-            UserError: for a time that is missing, or before that of the session's last event.
+            UserError: for a time that is missing, not read, or before that of the session's last event.
         """
         represented, asked = None, [None] * len(states) if at is None else at
         some = [(state, time) for state, time in zip(states, asked, strict=True) if len(state)]
@@ -181,7 +181,9 @@ class Sessions:
 
     def wrong_request(self, state: State, time: float | None) -> str | None:
         """The sentence by which :meth:`top` would refuse to answer at ``time``."""
-        return self._wrong_time(state, time, ASK_WITH_TIME) if self.waits else None
+        if not self.waits:
+            return None if time is None else ASKED_IN_VAIN
+        return self._wrong_time(state, time, ASK_WITH_TIME)
 
     def _represented(self, states: list[State], times: list[float | None], carried: bool) -> Tensor:
         """Representations of sessions of which all or none carry a state, asked about at ``times``; ``[N, d]``."""
@@ -345,7 +347,7 @@ class Session:
 
         Raises:
             UserError: where the model reads the ``time`` at which it is asked, and there is none or one before the last
-                event's.
+                event's; where it does not, and there is one.
         """
         chosen = None if candidates is None else self._recommender.columns(candidates)
         return self._recommender.named(*self._sessions.top([self.state], k, exclude_seen, chosen, [time]))

@@ -291,7 +291,7 @@ def test_an_index_is_held_to_the_exact_answer(checkpoint, monkeypatch, capsys):
         seen = pd.read_csv(source, sep="\t").set_axis(["user", "item", "time"], axis=1)
         assert not len(found.merge(seen, on=["user", "item"]))
     words = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", "cli.parquet", "--index=faiss"]
-    assert command(monkeypatch, run_recommend.main, *words) == 0
+    assert command(monkeypatch, run_recommend.main, *words, "--lists=3") == 0
     assert "recall@10 of the index against the exact answer, for " in capsys.readouterr().out
 
 
@@ -311,6 +311,8 @@ def test_the_commands_words(checkpoint, monkeypatch, capsys):
     for more, status, told in [
         (["--candidates=none.txt"], 2, "none.txt cannot be read"),
         (["--threads=0"], 2, "threads are 0"),
+        (["--lists=3"], 2, "--lists is of an index: add --index=faiss"),
+        (["--at=3"], 2, "this model does not read the time at which it is asked"),
         (["--output=candidates.txt/below"], 1, "cannot be written"),
         (["--checkpoint=none.pth"], 2, "none.pth not found"),
     ]:

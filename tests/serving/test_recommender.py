@@ -142,6 +142,7 @@ def test_similar_items(monkeypatch):
             lambda served: served.recommend(TABLE.assign(timestamp=None)),
             "in the column 'timestamp' is no finite number",
         ),
+        (lambda served: served.recommend([["i1"]], at=5), "does not read the time at which it is asked"),
         (lambda served: served.session().append("i1", DATE), "give a finite number"),
         (lambda served: served.score([["i1"]], ["nothing"]), "does not know the item 'nothing'"),
         (lambda served: served.similar_items("nothing"), "does not know the item 'nothing'"),

@@ -250,6 +250,8 @@ def test_times_of_events():
     with pytest.raises(UserError, match="give a finite number"):
         session.append("i2", float("nan"))
     assert len(session.state) == 1
+    with pytest.raises(UserError, match="does not read the time at which it is asked"):
+        session.recommend(time=12)
     session.append("i2", np.int64(11))
     session.restore(session.to_bytes())
 

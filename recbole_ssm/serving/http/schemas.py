@@ -66,6 +66,12 @@ class EventsRequest(Given):
     k: K | None = Field(None, description="Recommendations after these events, if any are wanted.")
     exclude_seen: bool = Field(True, strict=True)
 
+    @model_validator(mode="after")
+    def _asks(self) -> "EventsRequest":
+        if self.at is not None and self.k is None:
+            raise ValueError("at is of recommendations: give k, too")
+        return self
+
 
 class Recommended(BaseModel):
     """An item."""

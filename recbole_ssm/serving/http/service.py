@@ -112,7 +112,7 @@ class Service:
             state = self._sessions.new()
             for time in (0.0, 1.0):
                 (state,) = self._sessions.update([state], [1], [time])
-            self._sessions.top([state], 1, at=[2.0])
+            self._sessions.top([state], 1, at=[2.0 if self._sessions.waits else None])
 
         await self._in_thread(first)
 
@@ -171,7 +171,7 @@ class Service:
         if self._sessions.waits and ask.at is None:
             return UserError(ASK_WITH_TIME)
         when = None if ask.times is None else np.array(ask.times, dtype=np.float64)
-        at = np.array([ask.at], dtype=np.float64) if self._sessions.waits else None
+        at = None if ask.at is None else np.array([ask.at], dtype=np.float64)
         try:
             return histories_of(ids, np.zeros(len(ids), np.int64), 1, when, self._recommender.time_columns, at)
         except UserError as error:

@@ -19,6 +19,7 @@ from recbole_ssm.quick_start import train_and_test
 from recbole_ssm.serving import Recommender
 from recbole_ssm.serving.http.app import create_app
 from recbole_ssm.serving.http.gate import Limits
+from recbole_ssm.serving.http.served import Served
 
 from ...conftest import listening as listening_addresses
 from ...conftest import random_rows, small_config, write_dataset
@@ -48,6 +49,18 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
         (["--workers", "0"], {}, "workers is 0"),
         (["--timeout", "0"], {}, "--timeout is 0.0: choose a number above 0"),
         (["--timeout", "nan"], {}, "--timeout is nan"),
+        (["--timeout", "inf"], {}, "--timeout is inf"),
+        (
+            ["--session_days", "3"],
+            {},
+            "--session_days is of sessions in Redis, and these are kept in memory: leave it out",
+        ),
+        (
+            ["--max_sessions", "9", "--redis", "redis://localhost"],
+            {},
+            "--max_sessions is of sessions in memory, and",
+        ),
+        (["--max_session_mb", "9"], {"RECBOLE_SSM_REDIS": "redis://:secret@localhost"}, "these are kept in Redis"),
         (["--title", "x"], {}, "--title is a column of --items"),
         (["--redis", "redis://:secret@localhost"], {}, "set RECBOLE_SSM_REDIS"),
         (["--token_file", "nothing"], {}, "--token_file nothing cannot be read"),
@@ -64,6 +77,22 @@ def test_what_cannot_be_served_is_one_sentence(arguments, environment, said, che
     assert (status, printed.count("\n")) == (2, 1)
     assert said in printed
     assert "secret" not in printed
+
+
+def test_options_of_sessions_go_to_where_these_are_kept(monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr("recbole_ssm.serving.http.served.serve", lambda served, *_: found.append(served))
+    words = ["--checkpoint", "model.pth"]
+    for more in (
+        [],
+        ["--max_sessions", "9", "--max_session_mb", "2"],
+        ["--redis", "redis://x", "--session_days", "0.5"],
+    ):
+        assert run(monkeypatch, capsys, *words, *more) == (0, "")
+    plain, memory, redis = found
+    assert plain == Served("model.pth")
+    assert memory == Served("model.pth", most_sessions=9, most_session_bytes=2 << 20)
+    assert redis == Served("model.pth", redis="redis://x", session_seconds=12 * 3600)
 
 
 def test_a_port_in_use_and_a_file_that_is_none(checkpoint, monkeypatch, capsys):
