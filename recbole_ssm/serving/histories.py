@@ -204,7 +204,7 @@ def histories_of(
             in ``at`` that is before that of the history's last item, or that the model does not read.
     """
     if names and times is None:
-        raise UserError("this model reads the time of each item: give times, or a column of them.")
+        raise UserError("this model reads the time of each item: give times, or a table with TIME_FIELD's column.")
     if at is not None and not reads_request(names):
         raise UserError(ASKED_IN_VAIN)
     known = ids > 0
@@ -222,7 +222,8 @@ def histories_of(
         asked = at if at is None else at[lengths > 0]
         if asked is not None and (early := asked < times[np.append(first, len(ids))[1:] - 1]).any():
             raise UserError(
-                f"at is {asked[early][0]:g} for a history whose last item is of a later time: ask for a time after it."
+                f"at is {asked[early][0]:.15g} for a history whose last item is of a later time: ask for a time "
+                "after it."
             )
         columns = time_columns(names, times, first, asked)
     return Histories(ids, lengths, columns, times, at)
