@@ -154,7 +154,7 @@ def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:
 
 
 def _curves(page: Page, sets: dict[str, dict[str, Rows]], dataset: str, file: Path) -> None:
-    """Validation against steps and against seconds, of each model's first run."""
+    """Validation against steps and against seconds, of each model's first run, where there are two to compare."""
     for protocol, models in sets.items():
         kept = {
             model: run
@@ -162,7 +162,7 @@ def _curves(page: Page, sets: dict[str, dict[str, Rows]], dataset: str, file: Pa
             for run in runs[:1]
             if run.get("curve") and chosen_by(run) == protocol
         }
-        if not kept:
+        if len(kept) < 2:
             continue
         for what, place in (("steps", _steps), ("seconds", _seconds)):
             series = {m: [(place(run, *point), point[1]) for point in run["curve"]] for m, run in kept.items()}
