@@ -495,7 +495,7 @@ def test_the_papers_claims_are_held_against_equal_searches():
                 assert row["config"]["num_layers"] == 1
                 assert not row["config"].get("filter_share")
                 assert not row["config"].get("temperature")
-        budgets = {(row["config"]["epochs"], row["config"].get("ema_decay")) for rows in own.values() for row in rows}
+        budgets = {(r["config"]["epochs"], r["config"].get("ema_decay") or 0.0) for rows in own.values() for r in rows}
         assert len(budgets) == 1
 
 
