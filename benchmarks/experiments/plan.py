@@ -45,6 +45,7 @@ DENSE_TRAINING: Settings = {
 DEEP: Settings = {"num_layers": 2, "temperature": 0.07, "dropout_prob": 0.2}
 DENSE_VARIANTS: dict[str, Settings] = {
     "whole model": {},
+    "hidden size 128": {"hidden_size": 128},
     "with filter": {"filter_share": 0.3},
     "one layer": {"num_layers": 1},
     "w/o feed-forward": {"feed_forward": False},
