@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import peak_bytes
 from recbole_ssm import UserError
+from recbole_ssm.data.batch import SeenItems
 from recbole_ssm.layers import losses
 from recbole_ssm.layers.losses import bce, full_cross_entropy, gbce, item_scores, sampled_softmax
 
@@ -41,6 +42,31 @@ def test_full_cross_entropy_is_that_of_torch(count, scale, smoothing, monkeypatc
         wanted = torch.autograd.grad(3 * expected, (exact_hidden, exact_table))
         for gradient, want in zip(gradients, wanted, strict=True):
             assert (gradient.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_was_seen_is_no_class(dtype, monkeypatch):
+    """Held to torch's cross-entropy of scores without it; a positive that was seen stays a class."""
+    monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", 1)
+    hidden, table, positives = rows_and_table(20, 30, dtype=dtype)
+    items = torch.randint(1, 30, (40,), generator=torch.Generator().manual_seed(1))
+    last = torch.arange(0, 40, 2)
+    seen = SeenItems(items, (last - 6).clamp(min=0), last, 7)
+    items[last[3]] = positives[3]
+    exact_hidden, exact_table = (t.detach().double().requires_grad_() for t in (hidden, table))
+    scores = exact_hidden @ exact_table.T
+    out = torch.zeros(20, 30, dtype=torch.bool)
+    for row, end in enumerate(last.tolist()):
+        out[row, items[max(0, end - 6) : end + 1]] = True
+    out[torch.arange(20), positives] = False
+    assert out.sum() > 60
+    expected = F.cross_entropy(scores.masked_fill(out, -torch.inf), positives)
+    loss = full_cross_entropy(hidden, table, positives, seen=seen)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    wanted = torch.autograd.grad(expected, (exact_hidden, exact_table))
+    for gradient, want in zip(torch.autograd.grad(loss, (hidden, table)), wanted, strict=True):
+        assert (gradient.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
 def test_full_cross_entropy_under_autocast_errs_no_more_than_torch():

@@ -25,6 +25,7 @@ SPARSE_TRAINING: Settings = {
 FILTERED: Settings = {"num_layers": 2, "filter_share": 0.7, "temperature": 0.07, "dropout_prob": 0.5}
 SPARSE_VARIANTS: dict[str, Settings] = {
     "whole model": {},
+    "w/o seen items": {"allow_repeats": False},
     "one layer": {"num_layers": 1},
     "w/o feed-forward": {"feed_forward": False},
     "w/o filter": {"filter_share": 0.0},
@@ -45,6 +46,7 @@ DENSE_TRAINING: Settings = {
 DEEP: Settings = {"num_layers": 2, "temperature": 0.07, "dropout_prob": 0.2}
 DENSE_VARIANTS: dict[str, Settings] = {
     "whole model": {},
+    "w/o seen items": {"allow_repeats": False},
     "hidden size 128": {"hidden_size": 128},
     "with filter": {"filter_share": 0.3},
     "one layer": {"num_layers": 1},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.packing import Borders, borders, cu_seqlens_from_lengths, know, pack
+from recbole_ssm.ops.packing import Borders, borders, cu_seqlens_from_lengths, know, pack, sequence_ids
 
 ALIGNMENT = 16  # bytes; Triton compiles faster code for tensors that begin at a multiple of it
 
@@ -15,6 +15,28 @@ def size_class(count: int) -> int:
     """``count`` rounded up to a multiple of an eighth of the power of 2 below it, at least 16: a few sizes for all."""
     step = max(16, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
+
+
+@dataclass(frozen=True)
+class SeenItems:
+    """What a batch's windows hold up to each of its target rows, made for some targets at a time.
+
+    Attributes:
+        items: item ids of the windows, int64 ``[T]``.
+        first: where the window of each target begins, int64 ``[M]``.
+        last: the target's own row, int64 ``[M]``.
+        longest: a length that no window exceeds.
+    """
+
+    items: Tensor
+    first: Tensor
+    last: Tensor
+    longest: int
+
+    def of(self, targets: slice = slice(None)) -> Tensor:
+        """Item ids ``[m, longest]``; shorter windows are filled up with their last item."""
+        rows = self.first[targets, None] + torch.arange(self.longest, device=self.items.device)
+        return self.items[torch.minimum(rows, self.last[targets, None])]
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,13 @@ class SequenceBatch:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def seen(self) -> SeenItems:
+        """The items that come before each target, as far as its window reaches."""
+        items = self.items if self.items.dim() == 1 else self.items[:, 0]
+        first = self.cu_seqlens[sequence_ids(self.cu_seqlens)[self.target_rows].long()].long()
+        return SeenItems(items, first, self.target_rows, borders(self.cu_seqlens).longest)
 
     @property
     def shape(self) -> tuple:

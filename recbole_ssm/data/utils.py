@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import recbole.data.dataset
 from recbole.data.dataset import SequentialDataset
 from recbole.data.utils import create_samplers, get_dataloader
@@ -87,6 +88,8 @@ def data_preparation(config, dataset):
             catalogue that is smaller than a list to recommend or in which there is no negative to draw.
     """
     _bound_scores(config, dataset)
+    if config["allow_repeats"] is False:
+        _tell_repeats(config, dataset)
     label = config["LABEL_FIELD"]
     if "labeled" in config["eval_args"]["mode"].values() and label not in dataset.field2type:
         raise UserError(
@@ -153,6 +156,15 @@ def _bound_scores(config, dataset) -> None:
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and "full" in config["eval_args"]["mode"].values():
         most = max(world_size(), SCORES_AT_A_TIME[config["device"].type == "cuda"] // dataset.item_num)
         config["eval_batch_size"] = min(config["eval_batch_size"], most)
+
+
+def _tell_repeats(config, dataset) -> None:
+    users, items = (np.asarray(dataset.inter_feat[field]) for field in (dataset.uid_field, dataset.iid_field))
+    if repeats := len(users) - len(np.unique(users.astype(np.int64) * dataset.item_num + items)):
+        logging.getLogger().warning(
+            f"{repeats / len(users):.1%} of the interactions are with an item that the user had before, and with "
+            "allow_repeats: False such an item is ranked last: set allow_repeats: True where they matter."
+        )
 
 
 def _check_exclusion(config, dataset) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recbole_ssm.data.batch import SeenItems
+
 # Scores, or gathered embeddings, that exist at a time. On a CPU small enough to stay in its caches, and to be memory
 # that the allocator reuses where it would fetch larger pieces anew from the system; on a GPU large enough to fill it.
 BLOCK_BYTES = {"cpu": 4 << 20}
@@ -44,7 +46,7 @@ class _FullCrossEntropy(torch.autograd.Function):
     """The gradients are taken in the forward pass, while a block's scores are at hand: they are made once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positives, dtype, smoothing, weights):
+    def forward(ctx, hidden, weight, positives, dtype, smoothing, weights, seen):
         count, width = hidden.shape
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(dtype, torch.float32)
@@ -62,7 +64,10 @@ class _FullCrossEntropy(torch.autograd.Function):
             part = slice(begin, begin + size)
             block = rows[part]
             scores = torch.mm(block, table.T, out=scores_of_block[: len(block)]).to(exact)
-            losses, slope = loss_and_slope(scores, positives[part, None], smoothing, needs_hidden or needs_weight)
+            wanted = positives[part, None]
+            if seen is not None:
+                leave_out(scores, seen.of(part), wanted)
+            losses, slope = loss_and_slope(scores, wanted, smoothing, needs_hidden or needs_weight)
             loss = losses.sum() if weights is None else torch.dot(losses, weights[part].to(exact))
             total = loss if total is None else total + loss
             if slope is None:
@@ -89,7 +94,7 @@ class _FullCrossEntropy(torch.autograd.Function):
         torch._foreach_mul_([t for t in ctx.into if t is not None], grad)
         into = [t if t is None else t.to(dtype) for t, dtype in zip(ctx.into, ctx.dtypes, strict=True)]
         ctx.into = None
-        return *into, None, None, None, None
+        return *into, None, None, None, None, None
 
 
 def _loss_and_slope_on_cpu(scores: Tensor, wanted: Tensor, smoothing: float, differentiate: bool):
@@ -129,8 +134,19 @@ def _into(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out=total)
 
 
+def leave_out(scores: Tensor, seen: Tensor, wanted: Tensor) -> None:
+    """Give the items ``seen [m, L]`` the score -inf in ``scores [m, n]``, but for those that are ``wanted [m, 1]``."""
+    chosen = scores.gather(1, wanted)
+    scores.scatter_(1, seen, -torch.inf).scatter_(1, wanted, chosen)
+
+
 def full_cross_entropy(
-    hidden: Tensor, weight: Tensor, positives: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    positives: Tensor,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """``F.cross_entropy(hidden @ weight.T, positives, label_smoothing=...)`` without the scores of all rows at once.
 
@@ -142,6 +158,8 @@ def full_cross_entropy(
         positives: int64 ``[M]``.
         label_smoothing: share of the target that is spread evenly over all items (arXiv 1512.00567, section 7).
         weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
+        seen: the items that are no classes of a row, but for its positive; without ``label_smoothing``, which would
+            give them a share.
 
     Returns:
         The mean over rows, a scalar; NaN where there are none, as torch's.
@@ -151,7 +169,7 @@ def full_cross_entropy(
     """
     dtype = _product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing, weights)
+        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing, weights, seen)
 
 
 class _ItemScores(torch.autograd.Function):

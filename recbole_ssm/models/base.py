@@ -11,7 +11,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recbole_ssm.data.batch import SequenceBatch
+from recbole_ssm.data.batch import SeenItems, SequenceBatch
 from recbole_ssm.data.context import beside, column, columns_of, switched_on
 from recbole_ssm.data.sequence_dataset import SequenceDataset
 from recbole_ssm.distributed import weight_of
@@ -67,6 +67,7 @@ class PackedRecommender(SequentialRecommender):
             )
         self.loss_type, self.gbce_t = config["loss_type"], config["gbce_t"]
         self.label_smoothing, self.temperature = config["label_smoothing"], config["temperature"]
+        self.allow_repeats = config["allow_repeats"]
         self.n_negatives = config["train_neg_sample_args"]["sample_num"]
         self.hidden_size = config["hidden_size"]
         self.columns, self._embedded = columns_of(type(self), config), switched_on(config)
@@ -175,6 +176,7 @@ class PackedRecommender(SequentialRecommender):
         negatives: Tensor | None,
         weights: Tensor | None = None,
         weight: float = 1.0,
+        seen: SeenItems | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """The training loss, or a tuple of terms to be summed.
 
@@ -185,19 +187,26 @@ class PackedRecommender(SequentialRecommender):
             weights: what each target counts, ``[M]``, summing to 1; all alike where absent.
             weight: of this process's targets, see :func:`recbole_ssm.distributed.weight_of`; for terms that are no
                 means over targets.
+            seen: items that cannot come next; none where absent.
         """
-        return self.ranking_loss(self.read_out(hidden), positives, negatives, weights)
+        return self.ranking_loss(self.read_out(hidden), positives, negatives, weights, seen)
 
     def ranking_loss(
-        self, hidden: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        weights: Tensor | None = None,
+        seen: SeenItems | None = None,
     ) -> Tensor:
         """Mean over targets of the loss that ``loss_type`` names, with scores ``r`` as of :meth:`score_factors`.
 
-        ``CE``: ``-log softmax(r)[positive]`` over all items; the others are those of :mod:`recbole_ssm.layers.losses`.
+        ``CE``: ``-log softmax(r)[positive]`` over all items, or all that can come next; the others are those of
+        :mod:`recbole_ssm.layers.losses`.
         """
         hidden, table = self.score_factors(hidden, self.score_table())
         if self.loss_type == "CE":
-            return full_cross_entropy(hidden, table, positives, self.label_smoothing, weights)
+            return full_cross_entropy(hidden, table, positives, self.label_smoothing, weights, seen)
         if negatives is None:
             raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
         scores = item_scores(hidden, table, torch.cat([positives[:, None], negatives], 1))
@@ -242,7 +251,8 @@ class PackedRecommender(SequentialRecommender):
             raise UserError(
                 f"{type(self).__name__}, as it is set, needs a row for each target: set train_mode: prefix."
             )
-        return self.loss(hidden, batch.targets, batch.negatives, batch.target_weights, batch.weight)
+        seen = None if self.allow_repeats else batch.seen
+        return self.loss(hidden, batch.targets, batch.negatives, batch.target_weights, batch.weight, seen)
 
     def packed(self, interaction: SequenceBatch | Interaction) -> SequenceBatch:
         """A batch of RecBole's rows as the model works on it, on the host; one that is packed already, as it is.
@@ -272,18 +282,28 @@ class PackedRecommender(SequentialRecommender):
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Score of each row's own item, ``[B]``, in the parameters' dtype."""
-        hidden = self._represent(self.packed(interaction))
+        batch = self.packed(interaction)
+        hidden = self._represent(batch)
         with torch.autocast(hidden.device.type, enabled=False):
             item = F.embedding(interaction[self.ITEM_ID].to(hidden.device), self.score_table())
             hidden, item = self.score_factors(hidden.to(item.dtype), item)
-            return (hidden * item).sum(-1)
+            scores = (hidden * item).sum(-1)
+        if not self.allow_repeats:
+            seen = batch.to(hidden.device).seen.of() == interaction[self.ITEM_ID].to(hidden.device)[:, None]
+            scores = scores.masked_fill(seen.any(1), -torch.inf)
+        return scores
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding."""
-        hidden, table = self._represent(self.packed(interaction)), self.score_table()
+        """Scores of all items for each row, ``[B, n_items]``, in the parameters' dtype; column 0 is padding.
+
+        Without ``allow_repeats`` the row's own items have -inf.
+        """
+        batch = self.packed(interaction)
+        hidden, table = self._represent(batch), self.score_table()
         with torch.autocast(hidden.device.type, enabled=False):  # rounded to bfloat16, scores would tie
             hidden, table = self.score_factors(hidden.to(table.dtype), table)
-            return hidden @ table.T
+            scores = hidden @ table.T
+        return scores if self.allow_repeats else scores.scatter(1, batch.to(scores.device).seen.of(), -torch.inf)
 
     def _represent(self, batch: SequenceBatch) -> Tensor:
         """Representation of each window of a ``last`` batch, ``[N, d]``."""

@@ -11,6 +11,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from recbole_ssm.data.batch import SeenItems
 from recbole_ssm.layers import MambaLayer, MixtureOfExperts, MovingAverage, PreferenceAwareAttention
 from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.feed_forward import FeedForward
@@ -323,16 +324,17 @@ class STARRec(PackedRecommender):
         negatives: Tensor | None,
         weights: Tensor | None = None,
         weight: float = 1.0,
+        seen: SeenItems | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
         if self.mixture is None:
-            return self.ranking_loss(hidden, positives, negatives, weights)
+            return self.ranking_loss(hidden, positives, negatives, weights, seen)
         if self.routes_positions:
             mixed, self._mixed = self._mixed, None
         else:
             mixed = self.mixture(hidden)
             hidden = mixed.output
-        terms = [self.ranking_loss(hidden, positives, negatives, weights)]
+        terms = [self.ranking_loss(hidden, positives, negatives, weights, seen)]
         if self.diversity_weight and mixed is not None and len(mixed.experts) > 1:
             terms.append(expert_diversity(mixed.experts, weights, self.diversity_weight))
         if self.balance_weight and mixed is not None:

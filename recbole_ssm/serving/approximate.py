@@ -63,7 +63,7 @@ class ApproximateIndex:
         ids, values = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         n_items = self.recommender.vocabulary.item_num
         seen = np.zeros(0, np.int64)
-        if exclude_seen:
+        if exclude_seen or not self.recommender.allow_repeats:
             seen = np.unique(histories.rows * n_items + histories.items)
             seen = seen[np.isin(seen % n_items, self.columns)]
         left_out = np.bincount(seen // n_items, minlength=len(histories))

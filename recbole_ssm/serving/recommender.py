@@ -70,6 +70,7 @@ class Recommender:
         vocabulary: as given.
         results: what the checkpoint says of its best epoch: ``epoch``, ``best_valid_score``, ``best_valid_result``.
         time_columns: what the model reads of times (:mod:`recbole_ssm.data.context`).
+        allow_repeats: whether the model scores what a history holds.
         digest: of the weights, the settings that decide what they mean, and the items; what states are bound to.
     """
 
@@ -79,6 +80,7 @@ class Recommender:
         self.packs = isinstance(model, PackedRecommender)
         self.max_length = config["MAX_ITEM_LIST_LENGTH"]
         self.time_columns: tuple[str, ...] = model.columns if self.packs else ()
+        self.allow_repeats = model.allow_repeats if self.packs else True
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | None = None, with_data: bool = False) -> "Recommender":
@@ -168,7 +170,8 @@ class Recommender:
         Args:
             sequences: histories, oldest item first, see :func:`~recbole_ssm.serving.histories.read_histories`.
             k: most items a history.
-            exclude_seen: whether a history's own items are left out, all of them.
+            exclude_seen: whether a history's own items are left out, all of them; a model without ``allow_repeats``
+                leaves them out in any case.
             candidates: items to choose from; all that the model knows where absent.
             filter: whether an item may be recommended, by its token.
             times: of each item, for lists, where the model reads them.
@@ -284,6 +287,7 @@ class Recommender:
             represented: representations of the histories, ``[N, d]``, where they are known.
         """
         columns = self.columns() if columns is None else columns
+        exclude_seen = exclude_seen or not self.allow_repeats
         some = np.flatnonzero(histories.lengths)
         k = min(_checked(k), len(columns))
         ids, values = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)

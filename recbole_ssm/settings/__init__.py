@@ -52,6 +52,7 @@ NEUTRAL = {
     "train_mode": ("prefix",), "time_order": ("float32",), "lr_scheduler_type": ("constant",), "warmup_ratio": (0,),
     "lr_restarts": (0,), "ema_decay": (0,),
     "cuda_graphs": ("auto", "off"), "exclude_history": (False,), "temperature": (None,), "label_smoothing": (0,),
+    "allow_repeats": (True,),
     "use_time_gaps": (False,), "use_clock": (False,), "request_time": ("unknown",), "gbce_t": (),
     "item_features": (None,), "feature_fusion": ("sum",), "score_features": (False,),
     "ssm_backend": ("auto",), "loss_type": (),

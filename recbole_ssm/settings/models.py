@@ -196,6 +196,12 @@ class ModelSettings(OnePass):
         section="Scores and the loss over all items", ge=1e-6, le=1e6, fixed=True,
     )  # fmt: skip
     label_smoothing: float = setting(0.0, "Share of a target that loss_type CE spreads over all items.", ge=0, lt=1)
+    allow_repeats: bool = setting(
+        True,
+        "Whether an item of the history can come next. False: what is read of the history is left out of loss_type CE, "
+        "and ranked last.",
+        fixed=True,
+    )
     gbce_t: float = setting(
         0.75,
         "Calibration of loss_type gBCE, from 0 (plain BCE) to 1 (as if all items were negatives).",
@@ -260,6 +266,11 @@ class ModelSettings(OnePass):
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing} with loss_type {self.loss_type}: choose loss_type CE, and "
                 "0 for other losses than CE."
+            )
+        if not self.allow_repeats and (self.loss_type != "CE" or self.label_smoothing):
+            raise ValueError(
+                "allow_repeats: False leaves items out of the softmax over all items: choose loss_type CE (it is "
+                f"{self.loss_type}) and label_smoothing 0 (it is {self.label_smoothing})."
             )
         negatives = self.train_neg_sample_args
         if self.score_features and not self.item_features:

@@ -53,8 +53,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "BPR": {"embedding_size": 8},
 }
 SHARED = ["lr_scheduler_type", "warmup_ratio", "lr_restarts", "ema_decay", "train_mode", "time_order",
-          "cuda_graphs", "exclude_history", "temperature", "label_smoothing", "gbce_t", "use_time_gaps", "use_clock",
-          "request_time", "ssm_backend", "loss_type"]  # fmt: skip
+          "cuda_graphs", "exclude_history", "temperature", "label_smoothing", "allow_repeats", "gbce_t",
+          "use_time_gaps", "use_clock", "request_time", "ssm_backend", "loss_type"]  # fmt: skip
 _TRANSFORMER = ["n_layers", "n_heads", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
                 "layer_norm_eps", "initializer_range", "hidden_size"]  # fmt: skip
 _MAMBA = ["hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand"]
@@ -309,6 +309,8 @@ def contradiction(config: Config) -> str:
         "a loss without its negatives": sequential and loss != "CE" and not draws,
         "negatives that nobody reads": (sequential and loss == "CE" and draws) or (not sequential and not draws),
         "smoothing without classes": bool(config["label_smoothing"]) and loss != "CE" and config["model"] in OURS,
+        "repeats without classes": config["allow_repeats"] is False and bool(loss != "CE" or config["label_smoothing"])
+        and config["model"] in OURS,
         "dynamic sampling": draws and negatives["dynamic"] != bool(negatives["candidate_num"]),
         "dynamic sampling of whole histories": mode == "sequence" and draws and negatives["dynamic"],
         "a power of nothing": negatives["distribution"] == "uniform" and negatives["alpha"] != 1,

@@ -243,7 +243,7 @@ SETTINGS: dict[str, tuple[Test, list[Any]]] = {
     "cuda_graphs": (either(one_of("auto", "on", "off"), switch), ["auto", "on", "off", True, False, "yes", 1]),
     "exclude_history": _SWITCH,
     "temperature": (either(empty, number(0, 1e9, above=True)), [None, 0.1, 1, 0, -1, "0.1"]),
-    "label_smoothing": _SHARE, "gbce_t": (number(0, 1), [0, 0.75, 1, 1.01, -0.1]),
+    "label_smoothing": _SHARE, "allow_repeats": _SWITCH, "gbce_t": (number(0, 1), [0, 0.75, 1, 1.01, -0.1]),
     "use_clock": _SWITCH, "request_time": (one_of("unknown", "known"), ["unknown", "known", True, "now"]),
     "ssm_backend": (one_of("auto", "reference", "cpu", "triton", "mamba_ssm"), ["auto", "reference", "gpu", "numpy"]),
     "loss_type": (one_of("CE", "BCE", "BPR", "gBCE", "SampledSoftmax"),

@@ -303,6 +303,42 @@ def test_routing_positions_needs_whole_histories():
         build("STARRec", moe_level="position", train_mode="prefix")
 
 
+@pytest.mark.parametrize(
+    ("name", "train_mode"),
+    [("STARRec", "sequence"), ("STARRec", "prefix"), ("Mamba4Rec", "sequence"), ("SSD4Rec", "prefix")],
+)
+def test_what_may_not_repeat_is_no_class_and_ranks_last(name, train_mode):
+    """The loss is torch's without the items that a window holds up to the target; scores of a row's own are -inf."""
+    own = {"diversity_weight": 0.0, "balance_weight": 0.0} if name == "STARRec" else {}
+    _, model, (train_data, _, test_data) = build(name, allow_repeats=False, train_mode=train_mode, **own)
+    model.eval()
+    batch = model.packed(next(iter(train_data)))
+    hidden = model.encode(batch.items, batch.cu_seqlens, read=batch.target_rows)
+    scores = model.read_out(hidden) @ model.item_embedding.weight.T
+    begins = batch.cu_seqlens[torch.searchsorted(batch.cu_seqlens, batch.target_rows.int(), right=True) - 1]
+    for row, (begin, end) in enumerate(zip(begins.tolist(), batch.target_rows.tolist(), strict=True)):
+        chosen = scores[row, batch.targets[row]].item()
+        scores.data[row, batch.items[begin : end + 1]] = -torch.inf
+        scores.data[row, batch.targets[row]] = chosen
+    expected = torch.nn.functional.cross_entropy(scores, batch.targets)
+    torch.testing.assert_close(model.calculate_loss(batch), expected)
+    rows = next(iter(test_data))[0]
+    with torch.no_grad():
+        scores = model.full_sort_predict(rows)
+        own_item = rows["item_id_list"][torch.arange(len(rows)), rows["item_length"] - 1]
+        rows.update(Interaction({"item_id": own_item}))
+        assert model.predict(rows).isneginf().all()
+        rows.update(Interaction({"item_id": scores.argmax(1)}))
+        torch.testing.assert_close(model.predict(rows), scores.max(1).values)
+    for found, items, length in zip(scores, rows["item_id_list"], rows["item_length"], strict=True):
+        assert set(found.isneginf().nonzero()[:, 0].tolist()) == set(items[:length].tolist())
+
+
+def test_repeats_in_data_of_a_model_without_are_told(caplog):
+    build("Mamba4Rec", allow_repeats=False)
+    assert "of the interactions are with an item that the user had before" in caplog.text
+
+
 def test_temperature_makes_scores_cosines():
     _, model, (_, _, test_data) = build("Mamba4Rec", temperature=0.2)
     row = test_data._dataset[np.arange(4)]

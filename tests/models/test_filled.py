@@ -62,6 +62,7 @@ def test_every_loss(loss_type):
     [
         {"label_smoothing": 0.1},
         {"temperature": 0.1},
+        {"allow_repeats": False},
         {"experts_per_token": 1},
         {"use_time_gaps": True},
     ],

@@ -48,6 +48,13 @@ def test_top_items_are_those_of_a_loop(case, exclude_seen, monkeypatch):
             np.testing.assert_allclose(scores, served.score([history], items)[0], rtol=1e-5)
 
 
+def test_a_model_without_repeats_never_recommends_what_a_history_holds():
+    served = recommender("Mamba4Rec", allow_repeats=False)
+    found = served.recommend(HISTORIES, 5, exclude_seen=False)
+    assert found.items == served.recommend(HISTORIES, 5).items
+    assert not any(set(items) & set(history) for items, history in zip(found.items, HISTORIES, strict=True))
+
+
 def test_scores_are_the_models_own():
     served = recommender("STARRec", MAX_ITEM_LIST_LENGTH=4)
     model, vocabulary = served.model, served.vocabulary

@@ -164,6 +164,8 @@ REFUSED = {
     "time that nobody reads": ("Mamba4Rec", {"request_time": "known"}, "Mamba4Rec, as it is set, does not read it"),
     "schedule": ("S3Rec", {"lr_scheduler_type": "cosine"}, "S3Rec reads no lr_scheduler_type: leave it out"),
     "time order": ("SASRec", {"time_order": "exact"}, "time_order: exact goes with train_mode: sequence"),
+    "classes of BPR": ("STARRec", {"allow_repeats": False, "loss_type": "BPR"}, "choose loss_type CE .it is BPR"),
+    "repeats": ("SASRec", {"allow_repeats": False}, "SASRec reads no allow_repeats: leave it out"),
     "smoothing with BPR": ("STARRec", {"label_smoothing": 0.1, "loss_type": "BPR"}, "0 for other losses than CE"),
 }
 
