@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.packing import Borders, borders, cu_seqlens_from_lengths, know, pack, sequence_ids
+from recbole_ssm.ops.packing import Borders, borders, cu_seqlens_from_lengths, know, pack, positions
 
 ALIGNMENT = 16  # bytes; Triton compiles faster code for tensors that begin at a multiple of it
 
@@ -87,7 +87,7 @@ class SequenceBatch:
     def seen(self) -> SeenItems:
         """The items that come before each target, as far as its window reaches."""
         items = self.items if self.items.dim() == 1 else self.items[:, 0]
-        first = self.cu_seqlens[sequence_ids(self.cu_seqlens)[self.target_rows].long()].long()
+        first = self.target_rows - positions(self.cu_seqlens)[self.target_rows]
         return SeenItems(items, first, self.target_rows, borders(self.cu_seqlens).longest)
 
     @property
