@@ -381,11 +381,11 @@ def test_a_search_whose_trials_all_fail_is_one_sentence(tiny, monkeypatch):
     assert not Path("results").exists()
 
 
-def test_models_beside_an_experiment_are_run_once():
+def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "amazon-beauty", [1])
-    beside = ("Mamba4Rec", "SASRec", "eSASRec")
-    assert [key for key in found if key[0] in beside] == [(model, "whole model") for model in beside]
+    beside = {"Mamba4Rec": ["whole model", "w/o seen items"], "SASRec": ["whole model"], "eSASRec": ["whole model"]}
+    assert {model: [name for own, name in found if own == model] for model in beside} == beside
     assert sum(model == "STARRec" for model, _ in found) == 11
     for (spec,) in found.values():
         spec.config()
@@ -442,6 +442,23 @@ def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_wher
     several = [own, row_of(FULL, 0.5, 0.9, seed=2)]
     assert found(*several, better).rows["tiny"] == {FULL: {"SASRec": [better]}, UNSEEN: {"SASRec": [better]}}
     assert found(*several, row_of(UNSEEN, 0.2, 0.3)).rows["tiny"][UNSEEN] == {"SASRec": several}
+    without_seen = {**better, "config": {"exclude_history": True, "allow_repeats": False}}
+    assert found(own, without_seen).rows["tiny"] == {FULL: {"SASRec": [own]}, UNSEEN: {"SASRec": [without_seen]}}
+    assert found(without_seen).rows["tiny"] == {UNSEEN: {"SASRec": [without_seen]}}
+
+
+def test_runs_by_the_settings_of_one_evaluation_whose_epoch_is_chosen_by_the_other(tmp_path, monkeypatch):
+    shipped = Study.read(study.FILE)
+    files = {FULL: tmp_path / "a.yaml", UNSEEN: tmp_path / "b.yaml"}
+    files[FULL].write_text("learning_rate: 0.1")
+    monkeypatch.setattr(Study, "tuned_file", lambda self, model, dataset, protocol: files[protocol])
+
+    def settings_of(*protocols):
+        (one,) = shipped.grid(["STARRec"], ["ml-1m"], [1], *protocols)
+        return one.settings
+
+    assert settings_of(UNSEEN, FULL) == {"tuned": False, "learning_rate": 0.1, "exclude_history": True}
+    assert settings_of(UNSEEN, UNSEEN) == settings_of(UNSEEN) == settings_of(FULL, UNSEEN) | PROTOCOLS[UNSEEN]
 
 
 def test_the_first_table_says_by_what_a_model_was_chosen(tmp_path):

@@ -17,6 +17,7 @@ from benchmarks.accuracy.results import (
     column,
     compared,
     gain_cell,
+    leaves_out_seen,
     mark,
     score_cell,
     tests_of,
@@ -62,7 +63,9 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
     page.bullets([
         "**Split**: leave-one-out: a user's last item is the test target, the one before it the validation target.",
         f"**Candidates**: all items. Under '{FULL}' the history's items are among them, as RecBole evaluates; under "
-        f"'{UNSEEN}' they are not, as gSASRec's code evaluates. The two must not be mixed.",
+        f"'{UNSEEN}' they are not, as gSASRec's code evaluates. The two must not be mixed: a model that is trained "
+        f"with 'seen items left out' (`allow_repeats: False`) ranks them last by itself and stands under '{UNSEEN}' "
+        "alone.",
         "**Order**: by the exact timestamp (`time_order: exact`) but where a set's section says otherwise.",
         "**Time of the request**: unknown to the models (`request_time: unknown`) but where a row says that it is "
         "known.",
@@ -255,6 +258,7 @@ def _title(model: str, runs: Rows, protocol: str) -> str:
     others += ["request_time known"] * (config.get("request_time") == "known")
     others += [f"filter {config.get('filter_share')}"] * bool(config.get("filter_share"))
     others += ["cosine scores"] * bool(config.get("temperature"))
+    others += ["seen items left out"] * leaves_out_seen(runs[0])
     return ", ".join([f"{model}{mark(runs[0], protocol)}", f"{layers} layer{'s' * (layers != 1)}", *others])
 
 

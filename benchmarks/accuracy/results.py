@@ -1,5 +1,6 @@
 """The study's runs by set, candidates and model, and how tables write them."""
 
+from itertools import product
 from typing import Any
 
 from benchmarks.accuracy.runs import Store
@@ -24,8 +25,10 @@ def same_seeds(rows: dict[Any, Rows]) -> dict[Any, Rows]:
 class Results:
     """The rows of the study's grid, by set, candidates and model; seeds in their order.
 
-    Of a model's runs that were chosen among these candidates and among the others (:func:`chosen_by`) those stand there
-    that are the best on the validation set, ranked among these, by the seeds that both have.
+    Of a model's runs that were tuned and chosen among these candidates and among the others (:func:`chosen_by`) those
+    stand there that are the best on the validation set, ranked among these, by the seeds that all have. Among all items
+    none does that leaves out seen ones by itself (:func:`leaves_out_seen`): it would be compared with models that rank
+    more than it does.
 
     Attributes:
         store: all runs.
@@ -48,11 +51,17 @@ class Results:
         for dataset in datasets:
             for protocol in PROTOCOLS:
                 for model in models:
+                    both = dict.fromkeys((protocol, *PROTOCOLS))
                     grids = (
-                        study.grid([model], [dataset], store.seeds(), chosen_by)
-                        for chosen_by in dict.fromkeys((protocol, *PROTOCOLS))
+                        study.grid([model], [dataset], store.seeds(), chosen_by, tuned_by)
+                        for chosen_by, tuned_by in product(both, both)
                     )
-                    if made := {number: rows for number, rows in enumerate(map(store.of, grids)) if rows}:
+                    made = {
+                        number: rows
+                        for number, rows in enumerate(map(store.of, grids))
+                        if rows and not (protocol == FULL and leaves_out_seen(rows[0]))
+                    }
+                    if made:
                         alike = same_seeds(made)
                         best = max(made, key=lambda number: _valid(alike[number], protocol))
                         self.rows.setdefault(dataset, {}).setdefault(protocol, {})[model] = made[best]
@@ -76,6 +85,11 @@ def _valid(rows: Rows, protocol: str) -> float:
 def chosen_by(row: dict[str, Any]) -> str:
     """The candidates among which a run's epoch and settings were chosen."""
     return UNSEEN if row["config"].get("exclude_history") else FULL
+
+
+def leaves_out_seen(row: dict[str, Any]) -> bool:
+    """Whether a run's model ranks what a history holds last by itself (``allow_repeats: False``)."""
+    return row["config"].get("allow_repeats") is False
 
 
 def mark(row: dict[str, Any], protocol: str) -> str:

@@ -31,7 +31,12 @@ class Study:
         return cls(yaml.safe_load(file.read_text()))
 
     def grid(
-        self, models: Iterable[str], datasets: Iterable[str], seeds: Iterable[int], protocol: str = FULL
+        self,
+        models: Iterable[str],
+        datasets: Iterable[str],
+        seeds: Iterable[int],
+        protocol: str = FULL,
+        tuned_by: str | None = None,
     ) -> list[Spec]:
         """A run a seed of each model on each set, sets first; settings are those of the property files.
 
@@ -39,17 +44,25 @@ class Study:
             models: model names, or names of ``also``.
             datasets: dataset names, or names of ``also``.
             seeds: seeds of everything.
-            protocol: of :data:`~benchmarks.accuracy.worker.PROTOCOLS`, by which each run is tuned and chosen.
+            protocol: of :data:`~benchmarks.accuracy.worker.PROTOCOLS`, by which each run's epoch is chosen.
+            tuned_by: that of the property files; the same where it is absent.
         """
-        models, seeds = list(models), list(seeds)
-        return [self._spec(m, dataset, seed, protocol) for dataset in datasets for seed in seeds for m in models]
+        models, seeds, tuned_by = list(models), list(seeds), tuned_by or protocol
+        return [
+            self._spec(model, dataset, seed, protocol, tuned_by)
+            for dataset in datasets
+            for seed in seeds
+            for model in models
+        ]
 
-    def _spec(self, name: str, dataset_name: str, seed: int, protocol: str) -> Spec:
+    def _spec(self, name: str, dataset_name: str, seed: int, protocol: str, tuned_by: str) -> Spec:
         read, run = self.also.get(dataset_name, {}), self.also.get(name, {})
         model, dataset = run.get("model", name), read.get("dataset", dataset_name)
         settings = {**PROTOCOLS[protocol], **read.get("settings", {}), **run.get("settings", {})}
-        if name in self.plan["smaller"] and (file := self.tuned_file(name, dataset, protocol)).exists():
-            settings = {"tuned": False, **yaml.safe_load(file.read_text()), **settings}
+        if name in self.plan["smaller"] or tuned_by != protocol:
+            file = self.tuned_file(name, dataset, tuned_by)
+            if file.exists():
+                settings = {"tuned": False, **yaml.safe_load(file.read_text()), **settings}
         return Spec(model, dataset, seed, settings)
 
     def searched(self, model: str, dataset: str, seeds: Iterable[int]) -> list[Spec]:

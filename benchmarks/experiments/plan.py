@@ -55,6 +55,9 @@ DENSE_VARIANTS: dict[str, Settings] = {
     "w/o average of weights": {"ema_decay": 0.0},
 }
 
+# Beside both; a model that has its own loss, or negatives, does not know which items were seen.
+REFERENCES = {"Mamba4Rec": ("whole model", "w/o seen items"), "SASRec": ("whole model",), "eSASRec": ("whole model",)}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -68,7 +71,7 @@ class Experiment:
         xlabel: what the variants are numbers of, where they are; a line is drawn then, else bars.
         datasets: the only sets on which it makes sense; all where absent.
         model_settings: settings of all variants of a model.
-        reference_models: models that are run in the first variant alone.
+        reference_models: models beside them, and in which variants they are run.
         own_training: whether the variants say all that runs are trained by, so that no search counts.
         shorter: whether :data:`SHORTER` holds.
     """
@@ -80,7 +83,7 @@ class Experiment:
     xlabel: str | None = None
     datasets: tuple[str, ...] | None = None
     model_settings: dict[str, Settings] = field(default_factory=dict)
-    reference_models: tuple[str, ...] = ()
+    reference_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
     own_training: bool = False
     shorter: bool = True
 
@@ -98,8 +101,9 @@ class Experiment:
         for model in self.all_models:
             base = study.grid([model], [dataset], seeds) if self.own_training else study.searched(model, dataset, seeds)
             own = {**shorter, **self.model_settings.get(model, {})}
-            for name, settings in list(self.variants.items())[: 1 if model in self.reference_models else None]:
-                found[model, name] = [replace(spec, settings={**spec.settings, **own, **settings}) for spec in base]
+            for name in self.reference_models.get(model, self.variants):
+                settings = {**own, **self.variants[name]}
+                found[model, name] = [replace(spec, settings={**spec.settings, **settings}) for spec in base]
         return found
 
 
@@ -147,7 +151,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "eSASRec": {"dropout_prob": 0.5},
             "SASRec": {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
         },
-        reference_models=("Mamba4Rec", "SASRec", "eSASRec"),
+        reference_models=REFERENCES,
     ),
     "dense": Experiment(
         "What lifts STAR-Rec where histories are long?",
@@ -164,7 +168,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "eSASRec": {"dropout_prob": 0.2},
             "SASRec": {"hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2},
         },
-        reference_models=("Mamba4Rec", "SASRec", "eSASRec"),
+        reference_models=REFERENCES,
     ),
     "ablations": Experiment(
         "What does each part of STAR-Rec give?",
