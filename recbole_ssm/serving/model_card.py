@@ -98,7 +98,7 @@ It needs `pip install onnxruntime numpy`; in this folder:
 `scoring.onnx` takes any number of histories of any length from 1 to {about["max_item_list_length"]}, all int64: `items`
 `[B, L]`, each history in the first `lengths` `[B]` places of its row{_columns(about, "[B, L, ")}.
 It gives `scores` `[B, {len(vocabulary.items)}]`, a column an item of `vocabulary.json`; that of the first, the padding,
-is -inf.
+is -inf.{_untrained(recommender)}
 {_step(about)}
 ## Versions
 
@@ -112,6 +112,13 @@ def _scoring(recommender: "Recommender", about: dict[str, Any]) -> str:
     if about["columns"]:
         inputs = inputs[:-1] + f', "columns": np.array([{_example(about)}[: len(history)]])}}'
     return SCORING.replace("{history}", some).replace("{inputs}", inputs)
+
+
+def _untrained(recommender: "Recommender") -> str:
+    if recommender.allow_repeats:
+        return ""
+    return """ Leave out what a history holds, as above, for whatever you use the scores: those of its own items were
+never trained (`allow_repeats: False`)."""
 
 
 def _step(about: dict[str, Any]) -> str:

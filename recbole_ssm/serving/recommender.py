@@ -206,7 +206,10 @@ class Recommender:
         return pyarrow.Table.from_pandas(table, preserve_index=False)
 
     def score(self, sequences: Any, items: Iterable[Any], times: Any = None, at: Any = None) -> np.ndarray:
-        """Scores of the same ``M`` items for each history, float32 ``[N, M]``; NaN for a history without known items.
+        """Scores of the same ``M`` items for each history, float32 ``[N, M]``.
+
+        NaN stands for a history without known items, and by a model without ``allow_repeats``, whose scores of what a
+        history holds were never trained, for those items.
 
         ``times`` and ``at`` are as in :meth:`recommend`.
 
@@ -225,6 +228,10 @@ class Recommender:
                 for begin in range(0, len(some), step):
                     rows = slice(begin, begin + step)
                     found[some[rows]] = scores_of(rows).float().cpu().numpy()
+        if not self.allow_repeats:
+            n_items = self.vocabulary.item_num
+            pairs = np.arange(len(histories))[:, None] * n_items + columns
+            found[np.isin(pairs, histories.rows * n_items + histories.items)] = np.nan
         return found
 
     def similar_items(self, item: Any, k: int = 10) -> list[tuple[str, float]]:

@@ -229,6 +229,12 @@ def test_the_card_tells_of_data_metrics_and_protocol():
     assert "'mode': {'valid': 'full', 'test': 'full'}" in rows["eval_args"]
     assert rows["torch"] == torch.__version__
     assert served.digest in card
+    assert "were\nnever trained" not in card
+
+
+def test_the_card_tells_which_scores_were_never_trained():
+    served = recommender("Mamba4Rec", MAX_ITEM_LIST_LENGTH=LENGTH, allow_repeats=False)
+    assert "were\nnever trained" in model_card(served, export.describe(served))
 
 
 @pytest.mark.parametrize("what", ["package", "fixed length", "no table", "operator", "other scores"])
