@@ -21,6 +21,11 @@ from recbole_ssm.config import properties_dir
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.quick_start import build_model
 
+# Where workers run side by side, torch's threads of them all would wait for each other, in their child processes, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 HEADER = "user_id:token\titem_id:token\ttimestamp:float"
 SMALL = {"hidden_size": 16, "d_state": 4, "headdim": 8, "n_heads": 2, "n_experts": 3, "inner_size": 32}
 
