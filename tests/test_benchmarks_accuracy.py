@@ -397,18 +397,19 @@ def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "dataset", "models"),
+    ("experiment", "variant", "dataset", "tuned_by", "models"),
     [
-        ("sparse", "amazon-beauty", ["STARRec", "Mamba4Rec", "SASRec"]),
-        ("sparse", "amazon-video-games", ["STARRec", "Mamba4Rec", "SASRec"]),
-        ("dense", "ml-1m", ["STARRec"]),
+        ("sparse", "whole model", "amazon-beauty", UNSEEN, ["STARRec", "Mamba4Rec", "SASRec"]),
+        ("sparse", "whole model", "amazon-video-games", UNSEEN, ["STARRec", "Mamba4Rec", "SASRec"]),
+        ("dense", "whole model", "ml-1m", FULL, ["STARRec"]),
+        ("dense", "w/o seen items", "ml-1m", UNSEEN, ["STARRec"]),
     ],
 )
-def test_what_an_experiment_found_is_what_is_tuned(experiment, dataset, models):
+def test_what_an_experiment_found_is_what_is_tuned(experiment, variant, dataset, tuned_by, models):
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS[experiment].specs(shipped, dataset, [1])
-    for model, own in zip(models, shipped.grid(models, [dataset], [1], UNSEEN), strict=True):
-        assert own.identity() == found[model, "whole model"][0].identity()
+    for model, own in zip(models, shipped.grid(models, [dataset], [1], UNSEEN, tuned_by), strict=True):
+        assert own.identity() == found[model, variant][0].identity()
 
 
 def test_the_runs_that_are_best_in_validation_stand_for_a_model_with_a_mark_where_chosen_otherwise(tmp_path):
