@@ -72,8 +72,8 @@ class Experiment:
         datasets: the only sets on which it makes sense; all where absent.
         model_settings: settings of all variants of a model.
         reference_models: models beside them, and in which variants they are run.
+        dataset_settings: settings of all variants on a set, above those of the variants.
         own_training: whether the variants say all that runs are trained by, so that no search counts.
-        shorter: whether :data:`SHORTER` holds.
     """
 
     title: str
@@ -84,8 +84,8 @@ class Experiment:
     datasets: tuple[str, ...] | None = None
     model_settings: dict[str, Settings] = field(default_factory=dict)
     reference_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dataset_settings: dict[str, Settings] = field(default_factory=lambda: SHORTER)
     own_training: bool = False
-    shorter: bool = True
 
     @property
     def all_models(self) -> tuple[str, ...]:
@@ -96,13 +96,13 @@ class Experiment:
         """Runs on a set by model and variant, one a seed; none where the set is not among ``datasets``."""
         if self.datasets is not None and dataset not in self.datasets:
             return {}
-        shorter, seeds = SHORTER.get(dataset, {}) if self.shorter else {}, list(seeds)
-        found = {}
+        seeds, found = list(seeds), {}
         for model in self.all_models:
             base = study.grid([model], [dataset], seeds) if self.own_training else study.searched(model, dataset, seeds)
-            own = {**shorter, **self.model_settings.get(model, {})}
             for name in self.reference_models.get(model, self.variants):
-                settings = {**own, **self.variants[name]}
+                settings = {
+                    **self.model_settings.get(model, {}), **self.variants[name], **self.dataset_settings.get(dataset, {}),
+                }  # fmt: skip
                 found[model, name] = [replace(spec, settings={**spec.settings, **settings}) for spec in base]
         return found
 
@@ -118,7 +118,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec", "Mamba4Rec", "SASRec", "SSD4Rec"),
         {**_values("MAX_ITEM_LIST_LENGTH", (5, 10, 20)), "full": {}},
         "maximum length",
-        shorter=False,
+        dataset_settings={},
     ),
     "layers": Experiment(
         "Is one layer enough?",
@@ -160,8 +160,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "cosine within 20 epochs, dropout 0.2 and that average. Mamba4Rec has layers and scores as STARRec",
         ("STARRec",),
         {name: {**DENSE_TRAINING, **change} for name, change in DENSE_VARIANTS.items()},
-        datasets=("ml-1m",),
+        datasets=("ml-1m", "ml-100k"),
         own_training=True,
+        dataset_settings={"ml-100k": {"train_batch_size": 256, "epochs": 25}},
         model_settings={
             "STARRec": {**DEEP, "feed_forward": True},
             "Mamba4Rec": DEEP,
