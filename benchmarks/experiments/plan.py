@@ -96,13 +96,11 @@ class Experiment:
         """Runs on a set by model and variant, one a seed; none where the set is not among ``datasets``."""
         if self.datasets is not None and dataset not in self.datasets:
             return {}
-        seeds, found = list(seeds), {}
+        seeds, last, found = list(seeds), self.dataset_settings.get(dataset, {}), {}
         for model in self.all_models:
             base = study.grid([model], [dataset], seeds) if self.own_training else study.searched(model, dataset, seeds)
             for name in self.reference_models.get(model, self.variants):
-                settings = {
-                    **self.model_settings.get(model, {}), **self.variants[name], **self.dataset_settings.get(dataset, {}),
-                }  # fmt: skip
+                settings = {**self.model_settings.get(model, {}), **self.variants[name], **last}
                 found[model, name] = [replace(spec, settings={**spec.settings, **settings}) for spec in base]
         return found
 
