@@ -54,8 +54,13 @@ DENSE_VARIANTS: dict[str, Settings] = {
     "w/o cosine scores": {"temperature": None},
     "w/o average of weights": {"ema_decay": 0.0},
 }
+SMALL_VARIANTS: dict[str, Settings] = {
+    **DENSE_VARIANTS,
+    "dropout 0.2": {"dropout_prob": 0.2},
+    "w/o seen items, dropout 0.2": {"allow_repeats": False, "dropout_prob": 0.2},
+}
 
-# Beside both; a model that has its own loss, or negatives, does not know which items were seen.
+# Beside them; a model that has its own loss, or negatives, does not know which items were seen.
 REFERENCES = {"Mamba4Rec": ("whole model", "w/o seen items"), "SASRec": ("whole model",), "eSASRec": ("whole model",)}
 
 
@@ -176,7 +181,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("STARRec",),
         {
             name: {**DENSE_TRAINING, "train_batch_size": 256, "epochs": 25, **change}
-            for name, change in DENSE_VARIANTS.items()
+            for name, change in SMALL_VARIANTS.items()
         },
         datasets=("ml-100k",),
         own_training=True,
