@@ -34,8 +34,8 @@ def write_pages(results: Path, file: Path) -> None:
         "items, where nothing else is said) are those of [the study](study.md). Where nothing else is said either, the "
         "models are [the papers', searched alike](study.md#the-papers-models-searched-alike), but for what an "
         "experiment varies (and 6 epochs on ml-1m, where lengths are not what varies); a variant that the search chose "
-        "is not listed again. A model 'w/o seen items' is trained with them left out (`allow_repeats: False`) and ranks "
-        "them last by itself, among all items, too, where others rank them with the rest. "
+        "is not listed again. A model 'w/o seen items' is trained with them left out (`allow_repeats: False`), and "
+        "ranks them last by itself among all items, too, where others rank them with the rest. "
         f"Test NDCG@{K}, mean ± standard deviation where there are several seeds; with one, differences of some "
         "percent are noise."
     )
