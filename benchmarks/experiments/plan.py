@@ -192,7 +192,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "eSASRec": {"dropout_prob": 0.4},
             "SASRec": {"hidden_dropout_prob": 0.4, "attn_dropout_prob": 0.4},
         },
-        reference_models={**REFERENCES, "SSD4Rec": REFERENCES["Mamba4Rec"]},
+        reference_models={**REFERENCES, "SSD4Rec": ("whole model", "w/o seen items", "w/o seen items, dropout 0.2")},
     ),
     "ablations": Experiment(
         "What does each part of STAR-Rec give?",
