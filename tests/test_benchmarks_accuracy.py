@@ -403,6 +403,7 @@ def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
         ("sparse", "whole model", "amazon-video-games", UNSEEN, ["STARRec", "Mamba4Rec", "SASRec"]),
         ("dense", "whole model", "ml-1m", FULL, ["STARRec"]),
         ("dense", "w/o seen items", "ml-1m", UNSEEN, ["STARRec", "Mamba4Rec"]),
+        ("small", "w/o seen items", "ml-100k", UNSEEN, ["STARRec", "Mamba4Rec"]),
     ],
 )
 def test_what_an_experiment_found_is_what_is_tuned(experiment, variant, dataset, tuned_by, models):
