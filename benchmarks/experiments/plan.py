@@ -77,7 +77,7 @@ class Experiment:
         datasets: the only sets on which it makes sense; all where absent.
         model_settings: settings of all variants of a model.
         reference_models: models beside them, and in which variants they are run.
-        own_training: whether the variants say all that runs are trained by, so that no search counts.
+        training: what all runs are trained by where no search counts, below what a model or a variant sets.
         shorter: whether :data:`SHORTER` holds.
     """
 
@@ -89,7 +89,7 @@ class Experiment:
     datasets: tuple[str, ...] | None = None
     model_settings: dict[str, Settings] = field(default_factory=dict)
     reference_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    own_training: bool = False
+    training: Settings = field(default_factory=dict)
     shorter: bool = True
 
     @property
@@ -104,9 +104,9 @@ class Experiment:
         shorter, seeds = SHORTER.get(dataset, {}) if self.shorter else {}, list(seeds)
         found = {}
         for model in self.all_models:
-            base = study.grid([model], [dataset], seeds) if self.own_training else study.searched(model, dataset, seeds)
+            base = study.grid([model], [dataset], seeds) if self.training else study.searched(model, dataset, seeds)
             for name in self.reference_models.get(model, self.variants):
-                settings = {**shorter, **self.model_settings.get(model, {}), **self.variants[name]}
+                settings = {**shorter, **self.training, **self.model_settings.get(model, {}), **self.variants[name]}
                 found[model, name] = [replace(spec, settings={**spec.settings, **settings}) for spec in base]
         return found
 
@@ -144,18 +144,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         "a moving average beside both paths, cosine scores over 0.07, no position embedding, and a running average of "
         "weights. Nothing is tuned: all models have 256 targets a step, Adam at 0.001, dropout 0.5 and that average, "
         "until validation with the history excluded has not improved for 9 epochs. Mamba4Rec has layers, filter and "
-        "scores as STARRec",
+        "scores as STARRec; BSARec is as released, but for rate and average",
         ("STARRec",),
-        {name: {**SPARSE_TRAINING, **change} for name, change in SPARSE_VARIANTS.items()},
+        SPARSE_VARIANTS,
         datasets=("amazon-beauty", "amazon-video-games"),
-        own_training=True,
+        training=SPARSE_TRAINING,
         model_settings={
             "STARRec": {**FILTERED, "feed_forward": True, "use_position_embedding": False},
             "Mamba4Rec": FILTERED,
+            "BSARec": {"train_mode": "prefix"},
             "eSASRec": {"dropout_prob": 0.5},
             "SASRec": {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
         },
-        reference_models=REFERENCES,
+        reference_models={**REFERENCES, "BSARec": ("whole model",)},
     ),
     "dense": Experiment(
         "What lifts STAR-Rec where histories are long?",
@@ -163,9 +164,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "average of weights. Nothing is tuned: all models have 2,048 targets a step, Adam at 0.002 falling to 0 as a "
         "cosine within 20 epochs, dropout 0.2 and that average. Mamba4Rec has layers and scores as STARRec",
         ("STARRec",),
-        {name: {**DENSE_TRAINING, **change} for name, change in DENSE_VARIANTS.items()},
+        DENSE_VARIANTS,
         datasets=("ml-1m",),
-        own_training=True,
+        training=DENSE_TRAINING,
         model_settings={
             "STARRec": {**DEEP, "feed_forward": True},
             "Mamba4Rec": DEEP,
@@ -179,12 +180,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "not in the paper: as where histories are long, with dropout 0.4, and 256 targets a step for 25 epochs, which "
         "is as many steps. Mamba4Rec has layers and scores as STARRec, SSD4Rec one layer and the scores",
         ("STARRec",),
-        {
-            name: {**DENSE_TRAINING, "train_batch_size": 256, "epochs": 25, **change}
-            for name, change in SMALL_VARIANTS.items()
-        },
+        SMALL_VARIANTS,
         datasets=("ml-100k",),
-        own_training=True,
+        training={**DENSE_TRAINING, "train_batch_size": 256, "epochs": 25},
         model_settings={
             "STARRec": {**DEEP, "dropout_prob": 0.4, "feed_forward": True},
             "Mamba4Rec": {**DEEP, "dropout_prob": 0.4},
