@@ -235,8 +235,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "time": Experiment(
         "What does time give, the request's too, and what does a clock of float32 cost?",
         "STAR-Rec, open question; the clock is RecBole's. Models are not tuned: as shipped, but for 6 epochs, a rate "
-        "that falls as a cosine, and 1,024 targets a step (on yelp-2019-clock 512, and at most 50 items). TiM4Rec and "
-        "SS4Rec read gaps as shipped",
+        "that falls as a cosine, and 1,024 targets a step (on yelp-2019-clock and amazon-sports-clock 512, and at most "
+        "50 items). TiM4Rec and SS4Rec read gaps as shipped",
         ("Mamba4Rec", "STARRec", "TiM4Rec", "SS4Rec", "RecBLR", "eSASRec", "BSARec"),
         {
             "as shipped": {},
@@ -244,7 +244,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "the request's too": {**READING_TIME, "request_time": "known"},
             "ordered in float32": {"time_order": "float32"},
         },
-        datasets=("ml-1m-clock", "ml-1m-clock-known", "ml-1m-clock-shuffled", "yelp-2019-clock"),
+        datasets=("ml-1m-clock", "ml-1m-clock-known", "ml-1m-clock-shuffled", "yelp-2019-clock", "amazon-sports-clock"),
     ),
     "features": Experiment(
         "What do genres and years of items give, above all to items that are rare, or new?",
