@@ -292,6 +292,14 @@ def test_pages_say_the_same_twice(tmp_path):
     assert '<a href="b.md">a link</a>' in html
 
 
+def test_hours_of_searches_are_their_epochs_as_runs_take_them():
+    run = {"model": "A", "dataset": "x", "seconds_to_best": 20.0, "epochs_to_best": 10}
+    searches = [
+        {"model": model, "dataset": "x", "trials": [{"evaluations": 1000}, {"evaluations": 800}]} for model in "AB"
+    ]
+    assert report._hours_of_searches(searches, [run]) == 1.0
+
+
 def test_names_are_text_in_pages(tmp_path):
     script = "<script>alert(1)</script>"
     page = Page(script)

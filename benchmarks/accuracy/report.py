@@ -40,7 +40,7 @@ def write_pages(results: Path, file: Path) -> None:
     found = Results(Store(results / "runs.jsonl"), study)
     page = Page("The study: accuracy of STAR-Rec, SSD4Rec and Mamba4Rec beside SASRec")
     write_summary(page, found)
-    _protocol(page, found, study)
+    _protocol(page, found, study, tuning.kept(results))
     for dataset in found.rows:
         _dataset(page, found, study, dataset, file)
     write_searched(page, found)
@@ -53,8 +53,9 @@ def write_pages(results: Path, file: Path) -> None:
     print(f"written: {file} and {file.with_suffix('.html')}")
 
 
-def _protocol(page: Page, found: Results, study: Study) -> None:
-    about = [row["environment"] for row in found.all_rows()]
+def _protocol(page: Page, found: Results, study: Study, searches: list[dict[str, Any]]) -> None:
+    rows, everything = found.all_rows(), list(found.store.rows.values())
+    about = [row["environment"] for row in rows]
     page.heading("How it was measured")
     page.text(
         "By `python -m benchmarks accuracy`; every number is from a run of `run_recbole` whose row stands in "
@@ -82,8 +83,11 @@ def _protocol(page: Page, found: Results, study: Study) -> None:
         "two-sided, Bonferroni-adjusted for a set's comparisons. It speaks of these trained models and other users; "
         "where seeds differ in sign, or there is one, other seeds may say otherwise.",
         "**Minutes**: of training and validation up to the best epoch, on a machine that did other work as well, so an "
-        "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md). All runs of this page took "
-        f"{_hours(found.all_rows()):.0f} hours, tuning apart.",
+        "upper bound; speed is measured side by side in [the benchmarks](benchmarks.md). "
+        f"The {len(rows)} runs of this page took {_hours(rows):.0f} hours, the {len(everything) - len(rows)} that "
+        f"[the experiments](experiments.md) have beside them {_hours(everything) - _hours(rows):.0f}, and the searches "
+        f"about {_hours_of_searches(searches, everything):.0f} (their epochs, at the time that one takes in a run of "
+        "the same model and set).",
         f"**Hardware**: {_distinct(a['device'] for a in about)}. **Commits**: {_distinct(a['commit'] for a in about)}. "
         f"**Versions**: {_distinct(versions(a) for a in about)}.",
     ])  # fmt: skip
@@ -142,11 +146,22 @@ def _epochs_cell(runs: Rows) -> str:
 
 def _hours(rows: Rows) -> float:
     """How long runs took, until patience or their epochs ended."""
-    seconds = (
-        run["seconds_to_best"] / run["epochs_to_best"] * min(run["config"]["epochs"], _patience_ends(run))
-        for run in rows
-    )
-    return sum(seconds) / 3600
+    return sum(_epoch_seconds(run) * min(run["config"]["epochs"], _patience_ends(run)) for run in rows) / 3600
+
+
+def _epoch_seconds(run: dict[str, Any]) -> float:
+    """Training and validation."""
+    return run["seconds_to_best"] / run["epochs_to_best"]
+
+
+def _hours_of_searches(searches: list[dict[str, Any]], rows: Rows) -> float:
+    """How long searches took, of which only the epochs are kept, by the median epoch of runs like theirs."""
+    hours = 0.0
+    for search in searches:
+        alike = [_epoch_seconds(run) for run in rows if all(run[key] == search[key] for key in ("model", "dataset"))]
+        if alike:
+            hours += sum(trial["evaluations"] for trial in search["trials"]) * float(np.median(alike)) / 3600
+    return hours
 
 
 def _other_cutoffs(page: Page, models: dict[str, Rows], protocol: str) -> None:
