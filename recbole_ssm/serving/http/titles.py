@@ -1,5 +1,6 @@
 """What items are called, from RecBole's ``.item`` file."""
 
+import logging
 from pathlib import Path
 
 from recbole_ssm.config import Config
@@ -35,11 +36,15 @@ class Titles:
 
 
 def titles_beside(config: Config, vocabulary: Vocabulary) -> Titles:
-    """Titles from the ``.item`` file of the dataset that a model was trained on, where both are there; else none."""
+    """Titles from the ``.item`` file of the dataset that a model was trained on.
+
+    None where there is no such file, nor, with a line of the log, where it cannot be read or has no titles.
+    """
     file = Path(config["data_path"], f"{config['dataset']}.item")
     try:
         return read_titles(file, config, vocabulary) if file.is_file() else Titles(vocabulary)
-    except UserError:
+    except UserError as error:
+        logging.getLogger().warning(f"items are called by their ids: {error}")
         return Titles(vocabulary)
 
 

@@ -5,7 +5,7 @@ import pytest
 from recbole_ssm.serving.http.titles import read_titles, titles_beside
 
 
-def test_titles_come_from_recboles_file(served, tmp_path):
+def test_titles_come_from_recboles_file(served, tmp_path, caplog):
     file = tmp_path / "x.item"
     file.write_text("item_id:token\tyear:float\tmovie_title:token_seq\ni4\t1\tThe Fourth\ni5\t2\t\nelse\t3\tElse\n")
     found = read_titles(file, served.config, served.vocabulary)
@@ -18,8 +18,12 @@ def test_titles_come_from_recboles_file(served, tmp_path):
     assert titles_beside(beside, served.vocabulary).of("i4") == "The Fourth"
     file.write_text("item_id:token\tyear:float\ni4\t1\n")
     assert titles_beside(beside, served.vocabulary).of("i4") is None
+    assert "items are called by their ids: " in caplog.text
+    assert "has no column whose name holds 'title' or 'name'" in caplog.text
     file.unlink()
+    caplog.clear()
     assert titles_beside(beside, served.vocabulary).search("i4", 1) == ["i4"]
+    assert not caplog.text
 
 
 def test_titles_are_written_as_the_data_of_the_training(served, tmp_path):
