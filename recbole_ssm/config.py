@@ -285,6 +285,10 @@ class Config(recbole.config.Config):
             by_loss &= str(final.get("loss_type")) in NEGATIVES
             if by_loss and "train_neg_sample_args" not in self.external_config_dict:
                 final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
+            # Nor is an item left out of a loss that does not know how.
+            softmax = final.get("loss_type") == "CE" and not final.get("label_smoothing")
+            if final.get("allow_repeats") is False and not softmax and "allow_repeats" not in self.external_config_dict:
+                final["allow_repeats"] = True
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.
             final.setdefault("time_order", "exact")

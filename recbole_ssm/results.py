@@ -28,7 +28,8 @@ PROTOCOL = (
 def protocol(config: Config) -> dict[str, Any]:
     """How the metrics of a run are measured: what two runs must have in common for their metrics to compare."""
     given = {name: config[name] for name in PROTOCOL if config[name] is not None}
-    return {**given, "request_time": config["request_time"] or "unknown"}
+    candidates = {"allow_repeats": False} if config["allow_repeats"] is False else {}
+    return {**given, **candidates, "request_time": config["request_time"] or "unknown"}
 
 
 @dataclass

@@ -9,7 +9,7 @@ import recbole.utils
 import torch
 from recbole.trainer import Trainer
 from recbole.utils import EvaluatorType, get_gpu_usage, set_color
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -52,6 +52,12 @@ def learning_rate_factor(scheduler: str, warmup_ratio: float, restarts: int, pro
     if scheduler == "linear":
         return 1 - rest
     return (1 + math.cos(math.pi * rest)) / 2 if scheduler == "cosine" else 1.0
+
+
+def _with_targets(scores: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """The scores, in which a target without ``allow_repeats`` is last, but no longer -inf: what RecBole leaves out."""
+    scores[rows, targets] = scores[rows, targets].clamp_min(torch.finfo(scores.dtype).min)
+    return scores
 
 
 class _Loss(nn.Module):
@@ -164,13 +170,18 @@ class SequenceTrainer(DurableTraining):
         scores[:, 0] = -math.inf
         if history_index is not None:
             scores[history_index] = -math.inf
-        return interaction, scores, positive_u, positive_i
+        return interaction, _with_targets(scores, positive_u, positive_i), positive_u, positive_i
 
     def _neg_sample_batch_eval(self, batched_data):
         interaction, scores, positive_u, positive_i = super()._neg_sample_batch_eval(batched_data)
-        logistic = isinstance(self.model, PackedRecommender) and self.model.loss_type in LOGISTIC_LOSSES
-        if logistic and self.config["eval_type"] == EvaluatorType.VALUE:
+        if not isinstance(self.model, PackedRecommender):
+            return interaction, scores, positive_u, positive_i
+        if self.config["eval_type"] == EvaluatorType.RANKING:
+            scores = _with_targets(scores, positive_u, positive_i)
+        elif self.model.loss_type in LOGISTIC_LOSSES:
             scores = scores.double().sigmoid()  # what RecBole's metrics of single scores are of
+        else:
+            scores = scores.clamp_min(torch.finfo(scores.dtype).min)  # which tie, as -inf do not
         return interaction, scores, positive_u, positive_i
 
     def _optimize(self, train_data, epoch_idx, loss_func, show_progress):

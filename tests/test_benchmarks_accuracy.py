@@ -603,6 +603,14 @@ def test_each_model_of_an_experiment_has_its_own_dots(tmp_path, monkeypatch):
     assert {f"{model}, as tuned" for model in ("STARRec", "Mamba4Rec")} <= set(re.findall(">(.*)</text>", picture))
 
 
+def test_a_set_without_runs_that_rank_all_items_has_no_parts(tmp_path):
+    page, results = Page("title"), SimpleNamespace(rows={"tiny": {UNSEEN: {"STARRec": [{}]}}})
+    experiments_report._parts_of_the_study(page, tmp_path / "page.md", results)
+    experiments_report._by_length_of_the_user(page, tmp_path / "page.md", results)
+    page.write(tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == "# title\n"
+
+
 def test_a_variant_that_tuning_chose_stands_once():
     runs = {("M", "as tuned"): ["a"], ("M", "w/o x"): ["a"], ("M", "w/o y"): ["b"], ("N", "as tuned"): ["c"]}
     experiment = SimpleNamespace(specs=lambda *_: runs, datasets=None)

@@ -114,6 +114,13 @@ def test_what_was_tuned_for_the_excluded_history_is_read_for_that_alone(tuned):
         assert (config["dropout_prob"], config["exclude_history"]) == (0.33, False)
 
 
+@pytest.mark.parametrize("asked", [{"loss_type": "BPR"}, {"label_smoothing": 0.1}])
+def test_what_was_tuned_leaves_nothing_out_of_a_loss_that_cannot(asked):
+    excluding = {"exclude_history": True}
+    assert Config("Mamba4Rec", "ml-100k", config_dict=excluding)["allow_repeats"] is False
+    assert Config("Mamba4Rec", "ml-100k", config_dict={**excluding, **asked})["allow_repeats"] is True
+
+
 def test_a_runs_settings_outlive_what_is_tuned_later(tuned):
     given = Config("Mamba4Rec", "ml-1m").given
     del given["label_smoothing"]  # as of a checkpoint from before this setting was there

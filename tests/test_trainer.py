@@ -228,6 +228,37 @@ def test_log_loss_is_of_probabilities(loss_type):
     )
 
 
+@pytest.mark.parametrize("exclude_history", [False, True])
+def test_a_target_that_may_not_repeat_is_the_last_of_the_candidates(exclude_history):
+    """RecBole takes what scores -inf for no candidate: such a target's GAUC was below 0."""
+    asked = {"metrics": ["GAUC", "Hit"], "valid_metric": "GAUC", "topk": 3, "exclude_history": exclude_history}
+    config, model, (train_data, _, test_data) = build("Mamba4Rec", allow_repeats=False, **asked)
+    trainer = get_trainer(config["MODEL_TYPE"], "Mamba4Rec")(config, model)
+    trainer.eval_collector.data_collect(train_data)
+    found = trainer.evaluate(test_data, load_best_model=False)
+    below, repeated = [], 0
+    for rows, *_ in test_data:
+        with torch.no_grad():
+            scores = model.eval().full_sort_predict(rows)[:, 1:]
+        for row, target in zip(scores, rows["item_id"] - 1, strict=True):
+            others = row[row.isfinite() & (torch.arange(len(row)) != target)]
+            below.append((others < row[target]).double().mean())
+            repeated += bool(row[target].isneginf())
+    assert 0 < repeated < len(below)
+    assert found["gauc"] == pytest.approx(float(torch.stack(below).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("metric", "others", "expected"), [("GAUC", 1.0, 0), ("AUC", -torch.inf, 0.5)])
+def test_among_sampled_items_a_target_that_may_not_repeat_is_the_last_or_ties(metric, others, expected):
+    config, model, (train_data, _, test_data) = build(
+        "Mamba4Rec", allow_repeats=False, metrics=[metric], valid_metric=metric, eval_args={"mode": "uni5"}
+    )
+    trainer = get_trainer(config["MODEL_TYPE"], "Mamba4Rec")(config, model)
+    trainer.eval_collector.data_collect(train_data)
+    model.predict = lambda rows: torch.where(rows[config["LABEL_FIELD"]] > 0, -torch.inf, others)
+    assert trainer.evaluate(test_data, load_best_model=False)[metric.lower()] == expected
+
+
 def test_labels_are_a_column():
     with pytest.raises(UserError, match="has no column 'label' that is loaded: name it by LABEL_FIELD"):
         build("STARRec", metrics=["AUC"], valid_metric="AUC", eval_args={"mode": "labeled"})

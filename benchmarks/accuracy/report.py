@@ -202,7 +202,7 @@ def _sampled(page: Page, found: Results) -> None:
     rows = [
         [f"{dataset}, {model}", mode, str(len(runs)), *(_sampled_cell(runs, mode, f"{m}@{K}") for m in METRICS)]
         for dataset, protocols in found.rows.items()
-        for model, rows in protocols[FULL].items()
+        for model, rows in protocols.get(FULL, {}).items()
         for mode in dict.fromkeys(mode for row in rows for mode in row.get("sampled", {}))
         if (runs := [row for row in rows if mode in row.get("sampled", {})])
     ]

@@ -254,7 +254,8 @@ PARTS: dict[str, Callable[[Page, Path, Store, dict[str, Rows]], None]] = {
 
 def _parts_of_the_study(page: Page, file: Path, results: Results) -> None:
     """Experts and fusion weights of the study's own STAR-Rec, by set."""
-    groups = {dataset: sets[FULL]["STARRec"] for dataset, sets in results.rows.items() if "STARRec" in sets[FULL]}
+    sets = ((dataset, protocols.get(FULL, {})) for dataset, protocols in results.rows.items())
+    groups = {dataset: models["STARRec"] for dataset, models in sets if "STARRec" in models}
     if not groups:
         return
     page.heading("What the study's STAR-Rec makes of its parts, by set")
@@ -268,12 +269,12 @@ def _parts_of_the_study(page: Page, file: Path, results: Results) -> None:
 
 def _by_length_of_the_user(page: Page, file: Path, results: Results) -> None:
     """Accuracy of the study's own models by how long a history each user has."""
-    if not results.rows:
+    rows = {dataset: protocols[FULL] for dataset, protocols in results.rows.items() if FULL in protocols}
+    if not rows:
         return
     page.heading("Who is served how well, by length of the history")
     page.text(f"Test NDCG@{K}, {FULL}, of the study's runs, mean over seeds; lengths that {FEWEST} users or more have.")
-    for dataset, sets in results.rows.items():
-        models = same_seeds(sets[FULL])
+    for dataset, models in ((dataset, same_seeds(models)) for dataset, models in rows.items()):
         first = next(iter(models.values()))[0]
         buckets = length_buckets(results.store.read_ranks(first["id"], FULL).lengths, LENGTHS)
         buckets = {name: users for name, users in buckets.items() if len(users) >= FEWEST}

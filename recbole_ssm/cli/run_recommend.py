@@ -42,7 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     seen.add_argument(
         "--exclude_seen", action="store_true", default=True, help="leave a user's own items out (default)"
     )
-    seen.add_argument("--include_seen", dest="exclude_seen", action="store_false", help="recommend them, too")
+    seen.add_argument(
+        "--include_seen",
+        dest="exclude_seen",
+        action="store_false",
+        help="recommend them, too (not by a model with allow_repeats: False)",
+    )
     parser.add_argument("--candidates", metavar="FILE", help="recommend these items alone, an item a line")
     parser.add_argument(
         "--at", type=float, metavar="TIME",

@@ -208,8 +208,8 @@ class Recommender:
     def score(self, sequences: Any, items: Iterable[Any], times: Any = None, at: Any = None) -> np.ndarray:
         """Scores of the same ``M`` items for each history, float32 ``[N, M]``.
 
-        NaN stands for a history without known items, and by a model without ``allow_repeats``, whose scores of what a
-        history holds were never trained, for those items.
+        NaN stands for a history without known items, and by a model without ``allow_repeats``, whose scores of what it
+        reads of a history were never trained, for those items.
 
         ``times`` and ``at`` are as in :meth:`recommend`.
 
@@ -229,9 +229,9 @@ class Recommender:
                     rows = slice(begin, begin + step)
                     found[some[rows]] = scores_of(rows).float().cpu().numpy()
         if not self.allow_repeats:
-            n_items = self.vocabulary.item_num
+            read, n_items = histories.latest(self.max_length), self.vocabulary.item_num
             pairs = np.arange(len(histories))[:, None] * n_items + columns
-            found[np.isin(pairs, histories.rows * n_items + histories.items)] = np.nan
+            found[np.isin(pairs, read.rows * n_items + read.items)] = np.nan
         return found
 
     def similar_items(self, item: Any, k: int = 10) -> list[tuple[str, float]]:

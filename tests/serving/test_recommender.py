@@ -54,8 +54,10 @@ def test_a_model_without_repeats_never_recommends_what_a_history_holds():
     assert found.items == served.recommend(HISTORIES, 5).items
     assert not any(set(items) & set(history) for items, history in zip(found.items, HISTORIES, strict=True))
     items = served.vocabulary.items[1:]
-    unknown = [[not history or item in history for item in items] for history in HISTORIES]
-    assert np.isnan(served.score(HISTORIES, items)).tolist() == unknown
+    for length in (50, 2):
+        served = recommender("Mamba4Rec", allow_repeats=False, MAX_ITEM_LIST_LENGTH=length)
+        unknown = [[not history or item in history[-length:] for item in items] for history in HISTORIES]
+        assert np.isnan(served.score(HISTORIES, items)).tolist() == unknown
 
 
 def test_scores_are_the_models_own():

@@ -20,7 +20,8 @@ AtQuery = Annotated[
     float | None,
     Query(ge=-1e18, le=1e18, allow_inf_nan=False, description="When it is asked, for models with request_time: known."),
 ]
-SeenQuery = Annotated[bool, Query(description="Whether the session's own items are left out.")]
+SEEN = "Whether the history's own items are left out; a model with allow_repeats: False does so in any case."
+SeenQuery = Annotated[bool, Query(description=SEEN)]
 
 
 class Given(BaseModel):
@@ -50,7 +51,7 @@ class RecommendRequest(Given):
     """A history, and what is to be recommended after it."""
 
     k: K = 10
-    exclude_seen: bool = Field(True, description="Whether the history's own items are left out.", strict=True)
+    exclude_seen: bool = Field(True, description=SEEN, strict=True)
     candidates: list[Item] | None = Field(None, description="Items to choose from; all where absent.")
 
 
@@ -64,7 +65,7 @@ class EventsRequest(Given):
         "answer was lost can be sent again without being counted twice.",
     )
     k: K | None = Field(None, description="Recommendations after these events, if any are wanted.")
-    exclude_seen: bool = Field(True, strict=True)
+    exclude_seen: bool = Field(True, description=SEEN, strict=True)
 
     @model_validator(mode="after")
     def _asks(self) -> "EventsRequest":
