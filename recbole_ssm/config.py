@@ -32,7 +32,13 @@ COMMAND_OPTIONS = {
 # Settings that RecBole reads although none of its property files of sequential models lists them.
 UNLISTED = {
     "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous",
-    "tuned", "reg_weight", "single_spec", "config_file", "tail_ratio", "neg_sampling", "training_neg_sample_num",
+    "tuned", "single_spec", "tail_ratio",
+}  # fmt: skip
+
+# Names of RecBole's that nothing reads any more, and what is read instead.
+REPLACED = {
+    "config_file": "--config_files (in Python config_file_list)", "neg_sampling": "train_neg_sample_args",
+    "training_neg_sample_num": "train_neg_sample_args",
 }  # fmt: skip
 
 # What a checkpoint leaves out: it belongs to one process or machine, or RecBole derives it.
@@ -111,6 +117,7 @@ class Config(recbole.config.Config):
             gives the same configuration again.
         identity: a checkpoint's vocabularies, which data are to be numbered by, and its ``file``; empty where there is
             none.
+        doubts: sentences about settings that perhaps nothing reads.
 
     Raises:
         UserError: for an unknown model, key or value, with what to write instead.
@@ -120,6 +127,9 @@ class Config(recbole.config.Config):
     given_twice: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, model=None, dataset=None, config_file_list=None, config_dict=None):
+        self.doubts = []
+        if isinstance(config_file_list, str | Path):
+            raise UserError(f"config_file_list is {str(config_file_list)!r}: give a list of files.")
         try:
             super().__init__(model, dataset, config_file_list, copy.deepcopy(config_dict))
         except UserError:
@@ -252,12 +262,14 @@ class Config(recbole.config.Config):
         for key, sentence in self.given_twice.items():
             if key in known:
                 raise UserError(sentence)
+        for key in REPLACED.keys() & self.external_config_dict.keys():
+            raise UserError(f"nothing reads {key}: write {REPLACED[key]}.")
         for key in [key for key in self.external_config_dict if key not in known]:
             if self.model not in MODELS:
                 # RecBole's models may read settings that no property file names.
-                logging.getLogger().warning(
-                    f"{key} stands in no property file of {self.model}: perhaps nothing reads it"
-                )
+                hint = near(key, sorted(known)).removesuffix(".")
+                self.doubts.append(f"{key} stands in no property file of {self.model}: perhaps nothing reads it{hint}")
+                logging.getLogger().warning(self.doubts[-1])
                 continue
             if key in self.file_config_dict or key in self.variable_config_dict:
                 raise UserError(f"unknown setting {key!r}{near(key, sorted(known))}")

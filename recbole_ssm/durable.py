@@ -101,7 +101,9 @@ class DurableTraining(Trainer):
                 check_identity(train_data._dataset, self._identity, self.saved_model_file)
             self._take_random_state(train_data)
             if self.start_epoch >= self.epochs or self.cur_step > self.stopping_step:
-                self.logger.info("This run had ended; nothing is left to train")
+                self.logger.info(
+                    "This run had ended: nothing is left to train, unless --epochs or --stopping_step are raised"
+                )
                 self.eval_collector.data_collect(train_data)
                 return self.best_valid_score, self.best_valid_result
 

@@ -35,6 +35,10 @@ def start_logging(config: Config) -> logging.Logger:
     logger.info(sys.argv)
     logger.info(config)
     logger.info("Property files: " + ", ".join(f"{file.parent.name}/{file.name}" for file in config.property_files))
+    if any(file.parent.name == "tuned" for file in config.property_files):
+        logger.info("The last of these is what tuning found for this model on this set: --tuned=False leaves it out.")
+    for doubt in config.doubts:
+        logger.warning(doubt)
     return logger
 
 

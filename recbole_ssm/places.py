@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from recbole_ssm.errors import CannotWrite
+from recbole_ssm.errors import CannotWrite, UserError
 
 # RecBole names its log folders by the working directory, and has no setting for them.
 LOGS_REMEDY = "start the run in a folder where files can be made"
+
+# Bytes of a file that are looked at to know what it is.
+BEGINNING = 1 << 16
 
 CHECKPOINTS_REMEDY = "make room there, or choose another folder (--checkpoint_dir)"
 
@@ -49,11 +52,17 @@ def check_folder(folder: str | Path, remedy: str) -> None:
             probe.write(bytes(4096))  # which a full disk, too, notices at the latest
 
 
-def check_file(file: str | Path, remedy: str) -> None:
+def check_file(file: str | Path, remedy: str, mark: str = "") -> None:
     """Find out whether a file can be written, and leave it, or that there is none, as it was.
 
+    Args:
+        file: to be written, or replaced.
+        remedy: what to do where that cannot be.
+        mark: what the beginning of such a file holds; what is there without it, and is not empty, is something else.
+
     Raises:
-        CannotWrite: where it cannot, with the ``remedy``.
+        CannotWrite: where it cannot be written, with the ``remedy``.
+        UserError: where it is something else, with the ``remedy``.
     """
     path = Path(file)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -61,5 +70,8 @@ def check_file(file: str | Path, remedy: str) -> None:
     if not os.path.lexists(path):
         check_folder(path.parent, remedy)
         return
-    with writing(path, remedy), path.open("ab"):
-        pass
+    with writing(path, remedy), path.open("ab+") as there:
+        there.seek(0)
+        found = there.read(BEGINNING)
+    if found and mark.encode() not in found:
+        raise UserError(f"{path} is there, and is no earlier file of this kind: {remedy}.")

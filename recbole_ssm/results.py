@@ -18,6 +18,9 @@ from recbole_ssm.settings.values import plain
 
 RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
 
+# Of a result file, by which one is known.
+FIRST_KEY = "best_valid_result"
+
 # Settings that say how metrics were measured, and what the model could know.
 PROTOCOL = (
     "eval_args", "valid_metric", "topk", "repeatable", "exclude_history", "time_order", "request_time",
@@ -58,7 +61,7 @@ class Run:
             CannotWrite: where that fails; what should stand there is printed.
         """
         report = {
-            "best_valid_result": self.result["best_valid_result"],
+            FIRST_KEY: self.result[FIRST_KEY],
             "test_result": self.result["test_result"],
             "best_epoch": self.best_epoch,
             "checkpoint": self.checkpoint,

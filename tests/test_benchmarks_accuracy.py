@@ -499,6 +499,7 @@ def test_claims_are_held_against_the_numbers():
     assert above.verdict(Comparison(0.021, p=0.01, seeds=3)) == ("+2.1%", "holds")
     assert above.verdict(Comparison(0.021, p=0.06, seeds=3)) == ("+2.1%", "**may be chance**")
     assert above.verdict(Comparison(0.019, p=0.01, seeds=3)) == ("+1.9%", "**fails**")
+    assert above.verdict(Comparison(-0.03, p=0.39, seeds=3)) == ("-3.0%", "**may be chance**")
     assert above.verdict(Comparison(0.021, p=0.01, seeds=3, agree=False)) == ("+2.1%", "**may be chance**")
     reached = Claim("ml-1m", "an NDCG@10 of .205", "STARRec", 0.205)
     assert reached.verdict(Measured(0.1, 0.003)) == (".1000", "**fails**")

@@ -14,6 +14,7 @@ import yaml
 import recbole_ssm.config
 from recbole_ssm import Config, UserError, list_models
 from recbole_ssm.config import properties_dir
+from recbole_ssm.logs import start_logging
 from recbole_ssm.registry import MODELS
 
 from .conftest import small_settings
@@ -174,6 +175,25 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
         Config("STARRec", "ml-100k", [str(file)])
     with pytest.raises(UserError, match=r"config file nowhere\.yaml not found"):
         Config("STARRec", "ml-100k", ["nowhere.yaml"])
+
+
+@pytest.mark.parametrize("model", ["STARRec", "SASRec"])
+def test_names_that_nothing_reads_any_more_are_refused(model):
+    with pytest.raises(UserError, match="nothing reads config_file: write --config_files"):
+        Config(model, "ml-100k", config_dict={"config_file": "mine.yaml"})
+    with pytest.raises(UserError, match="nothing reads neg_sampling: write train_neg_sample_args"):
+        Config(model, "ml-100k", config_dict={"neg_sampling": 5})
+    with pytest.raises(UserError, match=r"config_file_list is 'a\.yaml': give a list of files"):
+        Config(model, "ml-100k", "a.yaml")
+
+
+def test_what_perhaps_nothing_reads_is_told_again_when_the_run_begins(caplog):
+    config = Config("SASRec", "ml-100k", config_dict={"hiden_size": 32})
+    told = "hiden_size stands in no property file of SASRec: perhaps nothing reads it, did you mean 'hidden_size'?"
+    assert told in caplog.text
+    caplog.clear()
+    start_logging(config)
+    assert told in caplog.text
 
 
 def test_a_scripts_own_flags_are_left_to_it(monkeypatch, caplog):

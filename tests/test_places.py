@@ -96,6 +96,27 @@ def test_a_look_at_a_file_leaves_it_as_it_was():
     assert list(Path("new").iterdir()) == []
 
 
+@pytest.mark.parametrize("there", [b"user_id:token\titem_id:token\n", b"PK\x03\x04", b'{"another": 1}'])
+def test_what_is_no_earlier_result_is_never_replaced(there, monkeypatch, capsys):
+    Path("result.json").write_bytes(there)
+    assert command(monkeypatch, run_recbole.main, *TINY, "--result_file=result.json") == 2
+    assert Path("result.json").read_bytes() == there
+    assert capsys.readouterr().err == (
+        "run_recbole: result.json is there, and is no earlier file of this kind: name another --result_file.\n"
+    )
+    for option in ("output_file", "display_file"):
+        assert command(monkeypatch, run_hyper.main, *TINY, f"--{option}=result.json") == 2
+        assert f"name another --{option}" in capsys.readouterr().err
+        assert Path("result.json").read_bytes() == there
+
+
+def test_an_earlier_result_is_replaced(monkeypatch):
+    write_dataset("tiny", random_rows())
+    for seed in (1, 2):
+        assert command(monkeypatch, run_recbole.main, *TINY, f"--seed={seed}", "--result_file=result.json") == 0
+        assert json.loads(Path("result.json").read_text())["config"]["seed"] == seed
+
+
 def test_a_result_that_cannot_be_written_any_more_is_printed(monkeypatch, capsys):
     write_dataset("tiny", random_rows())
     monkeypatch.setattr(quick_start, "log_results", lambda *_: Path("result.json").mkdir())

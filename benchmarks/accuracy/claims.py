@@ -45,9 +45,9 @@ class Claim:
         """What was measured (a comparison where there is ``over``) and whether the claim holds, as a table shows it."""
         if isinstance(measured, Comparison):
             text = f"{measured.change:+.1%}" + ", 1 seed" * (measured.seeds == 1)
-            if measured.change < self.least:
-                return text, "**fails**"
-            return text, "holds" if measured.p <= LEVEL and measured.agree else "**may be chance**"
+            if measured.p > LEVEL or not measured.agree:
+                return text, "**may be chance**"
+            return text, "holds" if measured.change >= self.least else "**fails**"
         text = f"{measured.mean:.4f}".removeprefix("0")
         if self.measured_elsewhere and abs(measured.mean - self.least) < measured.error:
             return text, "**level**"

@@ -68,9 +68,9 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
     from recbole_ssm.places import check_file, writing
     from recbole_ssm.search import Search, resume, tune
 
-    for option in ("output_file", "display_file"):
+    for option, mark in {"output_file": "Valid result:", "display_file": "<!doctype html>"}.items():
         if file := getattr(args, option):
-            check_file(file, f"name another --{option}")
+            check_file(file, f"name another --{option}", mark)
     options = {
         name: value
         for name in (

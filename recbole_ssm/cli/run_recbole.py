@@ -106,6 +106,7 @@ def main() -> int:
     from recbole_ssm.errors import CannotWrite, UserError
     from recbole_ssm.places import check_file
     from recbole_ssm.registry import list_models
+    from recbole_ssm.results import FIRST_KEY
 
     if args.list_models:
         print("\n".join(list_models()))
@@ -137,7 +138,7 @@ def main() -> int:
             train_on_ray(model, dataset, files, settings, args.nproc, args.address)
             return 0
         if args.result_file:
-            check_file(args.result_file, "name another --result_file")
+            check_file(args.result_file, "name another --result_file", FIRST_KEY)
         if args.nproc != 1 or args.world_size > 0:
             if args.checkpoint:
                 raise UserError("--mode evaluate runs in one process: leave --nproc out.")

@@ -31,6 +31,8 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)  # numbers become float32 in a 
 
 BYTES_AT_A_TIME = 1 << 22
 
+_DATE = re.compile(r"\d+[-/.]\d+[-/.]\d+|\d:\d\d")
+
 # What may stand for a separator of several bytes while a file is read.
 STAND_INS = [bytes([code]) for code in range(1, 32) if code not in b"\n\r"]
 
@@ -257,9 +259,11 @@ class AtomicFile:
 
     def _refuse(self, name: str, wrong: pd.Series, cells: pd.Series, what: str) -> None:
         if wrong.any():
+            cell = str(cells[wrong].iloc[0])
+            remedy = "write dates as seconds since 1970" if _DATE.search(cell) else "mend the cell, or leave it empty"
             raise UserError(
-                f"{self.path} cannot be read: line {first_line(wrong)} has {cells[wrong].iloc[0]!s:.100} in column "
-                f"{name}:{self.columns[name].value}, which is {what}; mend the cell, or leave it empty."
+                f"{self.path} cannot be read: line {first_line(wrong)} has {cell:.100} in column "
+                f"{name}:{self.columns[name].value}, which is {what}; {remedy}."
             )
 
 

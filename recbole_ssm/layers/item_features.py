@@ -1,12 +1,14 @@
 """Vectors of items from their columns of the ``.item`` file."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from recbole.utils import FeatureType
 from torch import Tensor, nn
 
+from recbole_ssm.data.reading import AtomicFile, file_format
 from recbole_ssm.errors import UserError
 
 
@@ -145,10 +147,12 @@ def _column(dataset: Any, field: str, size: int, has_data: bool) -> Tokens | Num
         return Number(torch.zeros(0, 1), size)
     features = dataset.get_item_feature()
     if field not in features or field == dataset.iid_field:
-        known = [name for name in features.columns if name != dataset.iid_field]
+        file = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
+        if not file.is_file():
+            raise UserError(f"item_features names {field!r}, but there is no file {file} with such a column.")
+        known = [name for name in AtomicFile(file, *file_format(dataset.config)).columns if name != dataset.iid_field]
         raise UserError(
-            f"item_features names {field!r}, which is no column of the .item file: choose of "
-            f"{', '.join(known) or 'none'}."
+            f"item_features names {field!r}, which is no column of {file}: choose of {', '.join(known) or 'none'}."
         )
     kind, values = dataset.field2type[field], features[field]
     if kind == FeatureType.FLOAT_SEQ:

@@ -288,7 +288,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not overwrite:
-        raise UserError(f"{folder} is there already: name a new folder, or set overwrite.")
+        raise UserError(f"{folder} is there already: name a new folder, or overwrite it (--overwrite).")
     written = None
     with suppress(OSError, ValueError):
         written = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

@@ -31,6 +31,7 @@ from recbole_ssm.serving.partition import whole
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("score", pa.float32()), ("rank", pa.int32())])
 ROW_GROUP = 1 << 20
+OF_OTHER_KINDS = {".csv", ".tsv", ".txt", ".json", ".inter", ".feather"}
 
 REMEDY = "make room there, or choose another --output; given again, the same command goes on where it was"
 
@@ -65,6 +66,8 @@ class Output:
         self.output = Path(output)
         if not self.output.name:
             raise UserError(f"output is {str(output)!r}: name a file, or a folder with / at its end.")
+        if self.output.suffix in OF_OTHER_KINDS:
+            raise UserError(f"output is {str(output)!r}, but it is written as Parquet: name a file .parquet.")
         self.scratch = self.output.with_name(f"{self.output.name}.partial")
         self.parts, self._progress = self.scratch / "parts", self.scratch / "state.json"
         self._before = self.scratch / "before"

@@ -201,4 +201,7 @@ def _opened(file: Path) -> pa.parquet.ParquetFile:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read ({' '.join(str(error).split())[:300]}): mend it, or give another.")
+    about = " ".join(str(error).split())[:300]
+    is_time = "conversion error to double" in about
+    remedy = "write times as numbers, such as seconds since 1970" if is_time else "mend it, or give another"
+    return UserError(f"{file} cannot be read ({about}): {remedy}.")

@@ -88,6 +88,7 @@ REFUSED = {
         r"line 3 has inf in column timestamp:float, which is no number that float",
     ),
     "endless time": ("a\tx\t-1e400\n", r"line 2 has -inf in column timestamp:float, which is no number that float32"),
+    "date": ("a\tx\t2023-11-15 06:10:32\n", r"column timestamp:float, which is no number; write dates as seconds"),
     "boolean time": ("a\tx\tTrue\nb\ty\tFalse\n", r"line 2 has True in column timestamp:float, which is no number;"),
     "word after a blank line": ("a\tx\t1\n\nb\ty\tnoon\n", r"line 4 has noon in column timestamp:float"),
     "Python's numbers": ("a\tx\t1\nb\ty\t1_000\n", r"line 3 has 1_000 in column timestamp:float"),

@@ -120,7 +120,7 @@ def test_a_checkpoint_has_what_its_columns_said(tiny):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"item_features": ["colour"]}, r"item_features names 'colour', which is no column of the \.item file"),
+        ({"item_features": ["colour"]}, r"names 'colour', which is no column of .*tiny\.item: choose of .*cover"),
         ({"item_features": ["cover"]}, r"item_features names 'cover', a column of several numbers"),
         ({"item_features": "kind"}, r"item_features is 'kind': choose a list"),
         ({"score_features": True}, r"score_features is True without item_features"),
@@ -129,3 +129,8 @@ def test_a_checkpoint_has_what_its_columns_said(tiny):
 def test_columns_that_cannot_be_read_are_refused(tiny, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         build("Mamba4Rec", **settings)
+
+
+def test_columns_of_a_file_that_is_not_there_are_refused():
+    with pytest.raises(UserError, match=r"item_features names 'colour', but there is no file .*tiny\.item with such a"):
+        build("Mamba4Rec", item_features=["colour"])

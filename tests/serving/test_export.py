@@ -181,7 +181,7 @@ def test_a_folder_is_written_whole_or_not_at_all(without_graphs, monkeypatch):
     served = recommender("Mamba4Rec")
     served.export("a/b/shipped")
     folder = Path("a/b/shipped")
-    with pytest.raises(UserError, match="is there already: name a new folder, or set overwrite"):
+    with pytest.raises(UserError, match="is there already: name a new folder, or overwrite it"):
         served.export(folder)
     (folder / "old").touch()
 

@@ -193,7 +193,9 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return failure(422, "invalid", f"{where[:200]}: {first['msg'][:500]}.")
+        no_json = first["type"] == "model_attributes_type"
+        what = "send an object of JSON, with the header Content-Type: application/json" if no_json else first["msg"]
+        return failure(422, "invalid", f"{where[:200]}: {what[:500]}.")
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:

@@ -238,6 +238,16 @@ BAD = [
 ]
 
 
+def test_a_body_that_is_not_called_json_is_told_so(served):
+    async def answer():
+        async with running(create_app(served)) as client:
+            return await client.post("/recommend", content=b'{"items": ["i1"]}')
+
+    found = asyncio.run(answer())
+    assert found.status_code == 422
+    assert "with the header Content-Type: application/json" in found.json()["error"]["message"]
+
+
 def test_bad_input_is_one_sentence(served):
     async def all_of_them():
         async with running(create_app(served)) as client:
