@@ -104,7 +104,9 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         self._report_short_users(sizes)
         user_start = np.repeat(first, sizes)
         self.sorted_items = self.inter_feat[self.iid_field]
-        self.sorted_columns = self._columns(self._exact_time[order], first)
+        time = self._exact_time[order]
+        self._report_doubled(users, self.sorted_items.numpy(), time)
+        self.sorted_columns = self._columns(time, first)
         self.user_start = torch.from_numpy(user_start)
 
         targets = np.flatnonzero(np.arange(len(users)) > user_start)
@@ -133,6 +135,15 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
             self.logger.warning(
                 f"{single} of {len(sizes)} users of {self.dataset_name} have a single interaction, "
                 "nothing to predict from; they are left out."
+            )
+
+    def _report_doubled(self, *columns: np.ndarray) -> None:
+        """Tell of interactions that follow themselves; of those among others at one time, it is not worth a sort."""
+        doubled = int(np.logical_and.reduce([column[1:] == column[:-1] for column in columns]).sum())
+        if doubled:
+            self.logger.warning(
+                f"At least {doubled} of {len(columns[0])} interactions of {self.dataset_name} stand twice, with one "
+                "user, item and time: a model that is asked for such a one has just read it."
             )
 
     def build(self):

@@ -138,6 +138,16 @@ def test_workers_change_nothing():
         assert torch.equal(alone, with_worker)
 
 
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_file_that_holds_its_rows_twice_is_told(doubled, caplog):
+    rows = random_rows(users=5)
+    alike = ["u0\ti1\t5", "u0\ti2\t5", "u1\ti2\t5"]  # two at one time, two of one item: none stands twice
+    write_dataset("tiny", [*rows * (1 + doubled), *alike])
+    create_dataset(small_config("Mamba4Rec", state="WARNING")).build()
+    told = f"{len(rows)} of {2 * len(rows) + 3} interactions of tiny stand twice"
+    assert (told in caplog.text, "stand twice" in caplog.text) == (doubled, doubled)
+
+
 def test_a_user_with_one_interaction_is_left_out_aloud(caplog):
     write_dataset("tiny", [*random_rows(users=5), "lonely\ti1\t5"])
     config = small_config("Mamba4Rec", state="WARNING")
