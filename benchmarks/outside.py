@@ -154,7 +154,7 @@ def _conv1d(case: Case) -> Outside:
 def _causal_conv1d(case: Case) -> Outside:
     from causal_conv1d import causal_conv1d_fn
 
-    register = sequence_ids(case.fixed["cu_seqlens"]).to(torch.int32)[None]
+    register = sequence_ids(case.fixed["cu_seqlens"])[None]
 
     def lay_out(inputs: Tensors) -> Tensors:
         return {name: inputs[name] for name in ("x", "weight", "bias")}
@@ -182,7 +182,7 @@ def _ssd(case: Case, packed: bool) -> Outside:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     names = ("x", "dt", "B", "C")
-    register = sequence_ids(case.fixed["cu_seqlens"]).to(torch.int32)[None] if packed else None
+    register = sequence_ids(case.fixed["cu_seqlens"])[None] if packed else None
 
     def lay_out(inputs: Tensors) -> Tensors:
         rows = {name: inputs[name][None] for name in names} if packed else _padded(case, inputs, *names)

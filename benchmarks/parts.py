@@ -17,9 +17,18 @@ from torch.profiler import record_function
 
 from benchmarks import floors
 from benchmarks.floors import Cost
-from recbole_ssm.layers import MixtureOfExperts, PreferenceAwareAttention, mamba, mamba2, mamba3, preference_attention
-from recbole_ssm.models import recblr
+from recbole_ssm.layers import (
+    MixtureOfExperts,
+    PreferenceAwareAttention,
+    mamba,
+    mamba2,
+    mamba3,
+    moving_average,
+    preference_attention,
+)
+from recbole_ssm.models import recblr, tim4rec
 from recbole_ssm.models.base import PackedRecommender
+from recbole_ssm.ops import rotating_scan
 
 # A range's name is one of these words and a part. An op's or the loss's arithmetic is a formula (floors.py), whatever
 # its backend does for it; that of the other ranges is the matrix products that run in them.
@@ -27,7 +36,7 @@ COUNTED, BY_FORMULA = "counted", "formula"
 BACKWARD = "autograd::engine::evaluate_function"
 
 # Where the layers find their ops. With all of an op in one range, its backends can be compared.
-LAYERS = (mamba, mamba2, mamba3, preference_attention, recblr)
+LAYERS = (mamba, mamba2, mamba3, moving_average, preference_attention, recblr, rotating_scan, tim4rec)
 OP_PARTS = {
     "selective_scan": "scan",
     "selective_scan_last": "scan",

@@ -66,7 +66,7 @@ def _replace(path: Path, state: dict[str, Any]) -> None:
             file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
             file.write(_COMMENT_LENGTH.pack(_COMMENT_SIZE))
             file.seek(0)
-            file.write(_COMMENT + _digest(file).encode())
+            file.write(_COMMENT + digest(file).encode())
             file.flush()
             os.fsync(file.fileno())
             os.umask(umask := os.umask(0))
@@ -140,16 +140,16 @@ def _is_whole(file: IO[bytes]) -> bool | None:
     if not comment.startswith(_COMMENT):
         return None
     file.seek(0)
-    return comment[len(_COMMENT) :] == _digest(file, size - _COMMENT_SIZE).encode()
+    return comment[len(_COMMENT) :] == digest(file, size - _COMMENT_SIZE).encode()
 
 
-def _digest(file: IO[bytes], size: int | None = None) -> str:
+def digest(file: IO[bytes], size: int | None = None) -> str:
     """SHA-256 of the next ``size`` bytes, or of all that follow."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     while block := file.read(1 << 20 if size is None else min(size, 1 << 20)):
-        digest.update(block)
+        found.update(block)
         size = None if size is None else size - len(block)
-    return digest.hexdigest()
+    return found.hexdigest()
 
 
 def lock(file: IO[bytes]) -> bool:
@@ -190,14 +190,13 @@ def _names(kind: type | tuple[type, ...]) -> str:
     return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
 
 
-def load_weights(model, state: dict[str, Any], file: str | Path, changed: str = "") -> None:
+def load_weights(model, state: dict[str, Any], file: str | Path) -> None:
     """Put a checkpoint's weights, and what RecBole keeps beside them, into a RecBole model.
 
     Args:
         model: the model.
         state: the checkpoint's content.
         file: its name, for what there is to tell.
-        changed: what else of the data than in training is known, to say why weights do not fit.
 
     Raises:
         UserError: where they do not fit, or are no finite numbers.
@@ -210,8 +209,7 @@ def load_weights(model, state: dict[str, Any], file: str | Path, changed: str = 
     for name, weight in weights.items():
         problem = _unlike(weight, own[name])
         if problem:
-            data = changed or "this data, which must have changed since"
-            raise UserError(f"{file} does not fit {data}: {name} {problem}.")
+            raise UserError(f"{file} does not fit this data, which must have changed since: {name} {problem}.")
     learned = dict(model.named_parameters())
     _refuse_infinite(file, {name: weight for name, weight in weights.items() if name in learned})
     other = state.get("other_parameter")
@@ -256,8 +254,6 @@ def _state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What such an optimizer keeps of a parameter once it has made a step."""
     weight = torch.zeros(1, 1, requires_grad=True)
     weight.grad = torch.zeros(1, 1)
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        weight.grad = weight.grad.to_sparse()
     settings = {
         key: value for key, value in optimizer.defaults.items() if key not in ("fused", "capturable", "foreach")
     }

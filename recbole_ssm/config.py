@@ -29,11 +29,11 @@ COMMAND_OPTIONS = {
     "max_concurrent", "cpus_per_trial", "gpus_per_trial", "time_budget", "storage_path", "name",
 }  # fmt: skip
 
+# Of one process among several.
+PROCESS = {"local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous"}
+
 # Settings that RecBole reads although none of its property files of sequential models lists them.
-UNLISTED = {
-    "model", "dataset", "encoding", "device", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous",
-    "tuned", "single_spec", "tail_ratio",
-}  # fmt: skip
+UNLISTED = {*PROCESS, "model", "dataset", "encoding", "device", "tuned", "single_spec", "tail_ratio"}
 
 # Names of RecBole's that nothing reads any more, and what is read instead.
 REPLACED = {
@@ -42,7 +42,7 @@ REPLACED = {
 }  # fmt: skip
 
 # What a checkpoint leaves out: it belongs to one process or machine, or RecBole derives it.
-PROCESS_SETTINGS = {"MODEL_TYPE", "local_rank", "offset", "nproc", "world_size", "ip", "port", "rendezvous", "gpu_id"}
+PROCESS_SETTINGS = {*PROCESS, "MODEL_TYPE", "gpu_id"}
 
 # Settings of a checkpoint that are not followed: they name files or services, which are the user's own.
 # The data's folder is, for from there words and numbers alone are read.

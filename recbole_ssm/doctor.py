@@ -55,6 +55,8 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
     elif model != "STARRec" or settings["use_ssm"]:
         block = {"SSD4Rec": "mamba2", "TiM4Rec": "mamba2", "SS4Rec": "mamba"}.get(model) or settings["ssm_block"]
         found += _needs_of_block(block, settings)
+    if model in ("STARRec", "Mamba4Rec") and settings["filter_share"]:
+        found.append(("selective_scan", {"D": size, "N": 1}))
     if model == "TiM4Rec" and settings["time_aware"]:
         heads = settings["expand"] * size // settings["headdim"]
         found.append(("causal_conv", {"D": heads, "K": settings["d_conv"]}))

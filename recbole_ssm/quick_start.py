@@ -68,7 +68,6 @@ def train_and_test(
     saved: bool = True,
     resume_file: str | None = None,
     callback_fn: Callable | None = None,
-    test: bool = True,
 ) -> Run:
     """Train and test by a configuration, from the start or from a checkpoint.
 
@@ -77,11 +76,10 @@ def train_and_test(
         saved: see :func:`run_recbole`.
         resume_file: checkpoint of an interrupted run with this configuration.
         callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
-        test: whether to read the test set; without it the result of the test is None.
     """
     with nullcontext() if resume_file is None else _settings_of(resume_file):
         trainer, loaders = prepare(config, saved=saved)
-        return fit(trainer, loaders, saved, resume_file, callback_fn, test)
+        return fit(trainer, loaders, saved, resume_file, callback_fn)
 
 
 def fit(
@@ -90,7 +88,6 @@ def fit(
     saved: bool = True,
     resume_file: str | None = None,
     callback_fn: Callable | None = None,
-    test: bool = True,
 ) -> Run:
     """Train and test what :func:`prepare` made; see :func:`train_and_test`."""
     config, logger = trainer.config, logging.getLogger()
@@ -100,9 +97,7 @@ def fit(
     best_valid_score, best_valid_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"], callback_fn=callback_fn
     )
-    test_result = None
-    if test:
-        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
 
     logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
     result = {

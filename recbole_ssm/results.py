@@ -16,7 +16,17 @@ from recbole_ssm.errors import CannotWrite
 from recbole_ssm.places import writing
 from recbole_ssm.settings.values import plain
 
-RECORDED_PACKAGES = ("recbole-ssm", "recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
+RECORDED_PACKAGES = (
+    "recbole-ssm",
+    "recbole",
+    "torch",
+    "numpy",
+    "pandas",
+    "numba",
+    "triton",
+    "mamba-ssm",
+    "causal-conv1d",
+)
 
 # Of a result file, by which one is known.
 FIRST_KEY = "best_valid_result"

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from benchmarks import __main__, profile
 from benchmarks.floors import OP_COSTS, Cost, Rates, measure_rates
-from benchmarks.parts import attribute
+from benchmarks.parts import LAYERS, OP_PARTS, attribute
 from recbole_ssm.ops.cases import make
 from tests.conftest import SMALL, random_rows, small_settings, write_dataset
 
@@ -48,6 +48,17 @@ def run(monkeypatch, model="STARRec", **settings):
     __main__.main()
     (found,) = json.loads(Path("r.json").read_text())["models"]
     return found
+
+
+def test_every_layer_and_model_that_calls_an_op_is_known():
+    """Else its op would count as the layer's own work, without a floor."""
+    found = {
+        module
+        for name, module in sys.modules.items()
+        if name.startswith(("recbole_ssm.layers.", "recbole_ssm.models.", "recbole_ssm.ops.rotating_scan"))
+        and OP_PARTS.keys() & vars(module)
+    }
+    assert found == set(LAYERS)
 
 
 def times(found):

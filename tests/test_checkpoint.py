@@ -335,8 +335,7 @@ def test_an_average_is_judged_anew_by_a_model_that_keeps_what_it_made_of_its_wei
 def test_a_part_of_eval_args_keeps_the_checkpoints_split():
     write_dataset("tiny", random_rows())
     split = {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "mode": "full"}
-    run = train_and_test(small_config("Mamba4Rec", epochs=1, eval_args=split), test=False)
-    assert run.result["test_result"] is None
+    run = train_and_test(small_config("Mamba4Rec", epochs=1, eval_args=split))
     config = config_of(run.checkpoint, {"eval_args": {"mode": "uni10"}})
     assert config["eval_args"]["split"] == {"RS": [0.6, 0.2, 0.2]}
     assert config["eval_args"]["mode"] == {"valid": "uni10", "test": "uni10"}

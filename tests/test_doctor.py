@@ -202,7 +202,9 @@ def test_from_the_command_to_the_children(tmp_path):
         ("STARRec", {"use_ssm": False}),
         ("STARRec", {"use_pma": False}),
         ("STARRec", {"ssm_block": "mamba2"}),
+        ("STARRec", {"filter_share": 0.5}),
         ("Mamba4Rec", {"ssm_block": "mamba3"}),
+        ("Mamba4Rec", {"filter_share": 0.5}),
     ],
 )
 def test_needs_are_what_models_call(model, settings, monkeypatch):

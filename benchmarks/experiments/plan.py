@@ -66,7 +66,10 @@ REFERENCES = {"Mamba4Rec": ("whole model", "w/o seen items"), "SASRec": ("whole 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants of some models, each a setting or two away from the paper's model after the study's equal searches.
+    """Variants of some models, each a setting or two away from one that is the same for all.
+
+    That is the paper's model after the study's equal searches, or where there is ``training`` what this and
+    ``model_settings`` say.
 
     Attributes:
         title: what is asked.

@@ -48,7 +48,7 @@ def released_ssd4rec(arguments: Namespace, folder: Path, **fixed: Any) -> Conten
 
         def _laid_out(self, interaction):
             items, cu_seqlens = pack(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-            register = sequence_ids(cu_seqlens).to(torch.int32)
+            register = sequence_ids(cu_seqlens)
             ends = cu_seqlens_from_lengths(interaction[self.ITEM_SEQ_LEN])[1:].long()
             return items, ends, register, flip_rows(cu_seqlens)
 

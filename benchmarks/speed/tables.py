@@ -8,7 +8,6 @@ from benchmarks import plots
 from benchmarks.report import versions
 
 MIB = 2**20
-NANOSECONDS = 1e9
 
 
 def speed_tables(found: dict[str, Any], images: dict[str, Path]) -> str:

@@ -15,7 +15,7 @@ from recbole.utils.url import decide_download, download_url, extract_zip, rename
 
 from recbole_ssm.data.filters import Filters
 from recbole_ssm.data.identity import digest_of, tokens_of
-from recbole_ssm.data.list_columns import LISTS, ListColumns
+from recbole_ssm.data.list_columns import LISTS, ListColumns, as_before
 from recbole_ssm.data.negatives import check_shares
 from recbole_ssm.data.reading import NAMES, NUMBERS, AtomicFile, file_format, first_line, separator
 from recbole_ssm.data.split_files import SplitFiles
@@ -232,11 +232,7 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
         tokens = np.array(["[PAD]", *tokens])
         token_ids = {token: i for i, token in enumerate(tokens)}
         for (feat, field, _), lists, part in zip(remap_list, is_list, parts, strict=True):
-            if lists:
-                rows = np.split(part, np.cumsum([len(row) for row in feat[field]])[:-1])
-                feat[field] = pd.Series(rows, feat.index, dtype=object)
-            else:
-                feat[field] = part
+            feat[field] = as_before(part, feat[field]) if lists else part
             self.field2id_token.setdefault(field, tokens)
             self.field2token_id.setdefault(field, token_ids)
 

@@ -1,6 +1,5 @@
 """Filtered datasets in a file: RecBole's ``save_dataset``, as arrays instead of a pickle, which could run code."""
 
-import hashlib
 import logging
 from enum import Enum
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 from recbole.utils import dataset_arguments, set_color
 from recbole.utils.enum_type import FeatureSource, FeatureType
 
-from recbole_ssm.checkpoint import load_checkpoint, save_checkpoint
+from recbole_ssm.checkpoint import digest, load_checkpoint, save_checkpoint
 from recbole_ssm.data.context import columns_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import model_class
@@ -94,11 +93,8 @@ def _digests(folder: str | Path, name: str) -> dict[str, str]:
     found = {}
     for path in sorted(Path(folder).glob(f"{name}.*")):
         if path.is_file():
-            digest = hashlib.sha256()
             with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            found[path.name] = digest.hexdigest()
+                found[path.name] = digest(file)
     return found
 
 

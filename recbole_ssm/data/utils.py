@@ -89,7 +89,7 @@ def data_preparation(config, dataset):
     """
     _bound_scores(config, dataset)
     if config["allow_repeats"] is False:
-        _tell_repeats(config, dataset)
+        _tell_repeats(dataset)
     label = config["LABEL_FIELD"]
     if "labeled" in config["eval_args"]["mode"].values() and label not in dataset.field2type:
         raise UserError(
@@ -124,7 +124,7 @@ def data_preparation(config, dataset):
 def _loaders(config, dataset):
     whole_histories = config["train_mode"] == "sequence"
     if whole_histories:
-        _check_sequence_mode(config, dataset)
+        _check_sequence_mode(dataset)
     parts = dataset.build()
     train_sampler, *eval_samplers = create_samplers(config, dataset, parts)
     if whole_histories:
@@ -158,7 +158,7 @@ def _bound_scores(config, dataset) -> None:
         config["eval_batch_size"] = min(config["eval_batch_size"], most)
 
 
-def _tell_repeats(config, dataset) -> None:
+def _tell_repeats(dataset) -> None:
     users, items = (np.asarray(dataset.inter_feat[field]) for field in (dataset.uid_field, dataset.iid_field))
     if repeats := len(users) - len(np.unique(users.astype(np.int64) * dataset.item_num + items)):
         logging.getLogger().warning(
@@ -168,8 +168,6 @@ def _tell_repeats(config, dataset) -> None:
 
 
 def _check_exclusion(config, dataset) -> None:
-    if set(config["eval_args"]["mode"].values()) != {"full"}:
-        raise UserError("exclude_history ranks all items that are new to a user: leave the mode of eval_args at full.")
     if not isinstance(dataset, SequenceDataset):
         raise UserError(
             f"exclude_history needs whole histories, which {config['model']} does not load as it is set: "
@@ -177,6 +175,6 @@ def _check_exclusion(config, dataset) -> None:
         )
 
 
-def _check_sequence_mode(config, dataset) -> None:
+def _check_sequence_mode(dataset) -> None:
     if not isinstance(dataset, SequenceDataset):
         raise UserError("train_mode: sequence needs one .inter file, not benchmark_filename; set train_mode: prefix.")

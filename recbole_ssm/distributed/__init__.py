@@ -5,7 +5,6 @@
 """
 
 from recbole_ssm.distributed.processes import (
-    LOOPBACK,
     MergedEvaluator,
     from_all,
     mean_over_processes,
@@ -21,6 +20,6 @@ from recbole_ssm.distributed.processes import (
 )
 
 __all__ = [
-    "LOOPBACK", "MergedEvaluator", "from_all", "mean_over_processes", "meet_on_this_machine", "own_rows", "rank",
-    "same_weights", "shard", "shard_batches", "surplus_rows", "weight_of", "world_size",
+    "MergedEvaluator", "from_all", "mean_over_processes", "meet_on_this_machine", "own_rows", "rank", "same_weights",
+    "shard", "shard_batches", "surplus_rows", "weight_of", "world_size",
 ]  # fmt: skip

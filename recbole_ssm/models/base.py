@@ -142,7 +142,7 @@ class PackedRecommender(SequentialRecommender):
     def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states of packed sequences, and the states that :meth:`step` goes on from; for inference.
 
-        Sequences may be longer than ``MAX_ITEM_LIST_LENGTH``: see :mod:`recbole_ssm.serving.state`.
+        Sequences may be longer than ``MAX_ITEM_LIST_LENGTH``: see :mod:`recbole_ssm.serving.session`.
 
         Args:
             items: see :meth:`encode`.

@@ -60,12 +60,6 @@ class DualPathLayer(nn.Module):
         self.filter = MovingAverage(size, dropout_prob, config["ssm_backend"]) if self.filter_share else None
         self.feed_forward = FeedForward(size, dropout_prob) if config["feed_forward"] and not last else None
 
-    def fusion_weights(self, attended: Tensor, scanned: Tensor) -> Tensor:
-        """gamma_1 (attention) and gamma_2 (state space) for outputs ``[R, d]`` of the paths, ``[R, 2]``."""
-        if self.fusion_gate is None:
-            return self.fusion_logits.softmax(0).expand(len(attended), 2)
-        return self.fusion_gate(torch.cat([attended, scanned], -1)).softmax(-1)
-
     def forward(
         self, x: Tensor, item_embedding: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False
     ) -> Tensor:
@@ -130,12 +124,12 @@ class DualPathLayer(nn.Module):
         return self._output(output, outputs.get("filter")), of_layers(states)
 
     def fused(self, attended: Tensor, scanned: Tensor) -> Tensor:
-        """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths."""
+        """Eq. 3: ``[R, d]`` of outputs ``[R, d]`` of the two paths, weighted by gamma_1 (attention) and gamma_2."""
         if self.fusion_gate is None:
             # One product with both, laid side by side.
             both = torch.stack([attended, scanned])
             return torch.mv(both.flatten(1).T, self.fusion_logits.softmax(0).to(both.dtype)).view_as(attended)
-        gamma = self.fusion_weights(attended, scanned)
+        gamma = self.fusion_gate(torch.cat([attended, scanned], -1)).softmax(-1)
         return gamma[:, :1] * attended + gamma[:, 1:] * scanned
 
 
@@ -271,11 +265,7 @@ class STARRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        item_embedding = self.item_vectors(self.ids(items))
-        hidden = self._input(items, item_embedding, positions(cu_seqlens))
-        if self.mixture is not None and self.routes_positions:
-            mixed = self.mixture(hidden)
-            hidden, self._mixed = mixed.output, mixed if self.training else None
+        hidden, item_embedding = self._start(items, positions(cu_seqlens))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, item_embedding, cu_seqlens)
         return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
@@ -310,7 +300,8 @@ class STARRec(PackedRecommender):
         item_embedding = self.item_vectors(self.ids(items))
         hidden = self._input(items, item_embedding, position)
         if self.mixture is not None and self.routes_positions:
-            hidden = self.mixture(hidden).output
+            mixed = self.mixture(hidden)
+            hidden, self._mixed = mixed.output, mixed if self.training else None
         return hidden, item_embedding
 
     def read_out(self, hidden: Tensor) -> Tensor:

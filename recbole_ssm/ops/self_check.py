@@ -48,7 +48,7 @@ class Check:
     """One op on one backend, as a model calls it.
 
     Attributes:
-        op: one of the four ops; its form for the last rows belongs to it.
+        op: such as ``selective_scan``; its form for the last rows belongs to it.
         backend: which implementation.
         device: such as ``cuda:0``.
         dtype: of the activations, such as ``bfloat16``; weights and embeddings are float32, as under autocast.

@@ -7,7 +7,7 @@ from recbole_ssm.errors import BackendUnavailable, UserError
 from recbole_ssm.serving.histories import Histories
 from recbole_ssm.serving.recommender import Recommender
 
-# Histories searched at a time, ordered by how many of their items are to be left out, and how many lists there are.
+# Histories searched at a time, ordered by how many of their items are to be left out.
 ROWS_AT_A_TIME = 256
 POINTS_OF_A_LIST = 39  # fewer, and FAISS warns that its clusters are poor
 

@@ -90,16 +90,11 @@ class Sessions:
         """A session without events."""
         return State(times=np.zeros(0) if self.recommender.time_columns else None)
 
-    def start(self, histories: Histories, times: Sequence[float | None] | None = None) -> list[State]:
-        """States after whole histories, in one pass.
-
-        Args:
-            histories: the events so far.
-            times: of each history's last event, where the histories have none.
-        """
+    def start(self, histories: Histories) -> list[State]:
+        """States after whole histories, in one pass."""
         ends = np.cumsum(histories.lengths)
         borders = list(zip(ends - histories.lengths, ends, strict=True))
-        times = times or [None] * len(histories)
+        times: list[float | None] = [None] * len(histories)
         if histories.times is not None:
             times = [float(histories.times[end - 1]) if end > begin else None for begin, end in borders]
         states = []

@@ -35,7 +35,7 @@ SMALLER = ("LogLoss", "MAE", "RMSE", "AveragePopularity", "GiniIndex")
 def setting(
     default: Any, meaning: str, source: str = "", *, section: str = "", allowed: str = "", fixed: bool = False, **bounds
 ) -> Any:
-    """A setting of a class below.
+    """A setting of one of the classes of settings.
 
     Args:
         default: its value where none is given.

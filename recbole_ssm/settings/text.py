@@ -17,7 +17,7 @@ COLUMN = 32  # at which comments of property files begin
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
-    """What :func:`recbole_ssm.settings.schema.setting` keeps beside pydantic's own."""
+    """What :func:`recbole_ssm.settings.parts.setting` keeps beside pydantic's own."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 

@@ -1,6 +1,5 @@
 """Adapter to the CUDA kernels of the causal-conv1d package."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +21,6 @@ def causal_conv_external(
     missing = -channels % 8
     x, weight = F.pad(x, (0, missing)), F.pad(weight, (0, 0, 0, missing)).to(x.dtype)
     bias = None if bias is None else F.pad(bias, (0, missing)).to(x.dtype)
-    register = sequence_ids(cu_seqlens).to(torch.int32)[None]
+    register = sequence_ids(cu_seqlens)[None]
     y = causal_conv1d_fn(x.contiguous().T[None], weight, bias, seq_idx=register, activation=activation)
     return y.squeeze(0).T[:, :channels]

@@ -113,7 +113,7 @@ def _finish_gradients(out, inputs, before, steps, drive, gram, rows):
 
 @helper
 def _scan_rows_with_weights(out, weights, carried, decays, drive, paired, gram, rows):
-    """As :func:`_scan_rows`, and for ``j <= i``: ``weights[i, j] += paired[i] . carried[j]``."""
+    """As ``_scan_rows`` of the forward pass, and for ``j <= i``: ``weights[i, j] += paired[i] . carried[j]``."""
     zero(carried)
     for i in range(rows):
         a, u = decays[i * LANES : (i + 1) * LANES], drive[i * LANES : (i + 1) * LANES]
@@ -139,7 +139,7 @@ def _scan_rows_with_weights(out, weights, carried, decays, drive, paired, gram, 
 
 @helper
 def _carry_to_end(carried, decays, drive, rows):
-    """The buffer that :func:`_scan_rows` leaves: each row's ``drive``, decayed to the last row."""
+    """The buffer that ``_scan_rows`` of the forward pass leaves: each row's ``drive``, decayed to the last row."""
     zero(carried)
     decay = np.ones(LANES, np.float32)
     for i in range(rows - 1, -1, -1):

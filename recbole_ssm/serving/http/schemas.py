@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_v
 MOST = 1000  # recommendations
 ITEMS = 1000  # events of a request: each of them takes a step of the model
 
-Token = Annotated[str, Field(max_length=1000)]
 Item = Annotated[Annotated[StrictStr, Field(max_length=1000)] | StrictInt, Field(description="An item's token.")]
 Time = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False, strict=True)]
 K = Annotated[int, Field(ge=1, le=MOST, strict=True, description="Most recommendations.")]
