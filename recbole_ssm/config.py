@@ -17,7 +17,7 @@ from recbole_ssm.data.context import columns_of
 from recbole_ssm.distributed import meet_on_this_machine
 from recbole_ssm.errors import UserError
 from recbole_ssm.registry import MODELS, list_models
-from recbole_ssm.settings import CAUSAL_MODELS, SCHEMAS, check, fixed, near, schema_of, unread
+from recbole_ssm.settings import CAUSAL_MODELS, NEGATIVES, SCHEMAS, check, fixed, near, schema_of, unread
 from recbole_ssm.settings.text import own
 from recbole_ssm.settings.values import PlainLoader, is_name, literal, native, plain, printable, read_settings
 
@@ -50,16 +50,6 @@ FILE_SETTINGS = {
     "checkpoint_dir", "config_file", "save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path",
     "pre_model_path", "pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "warm_up", "log_wandb", "wandb_project",
 }  # fmt: skip
-
-
-# What each loss samples where nothing else is asked for; gSASRec's number (arXiv 2308.07192) for the last two.
-NEGATIVES: dict[str, dict[str, Any] | None] = {
-    "CE": None,
-    "BCE": {"distribution": "uniform", "sample_num": 1},
-    "BPR": {"distribution": "uniform", "sample_num": 1},
-    "gBCE": {"distribution": "uniform", "sample_num": 256},
-    "SampledSoftmax": {"distribution": "uniform", "sample_num": 256},
-}
 
 SEQUENTIAL_EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
 

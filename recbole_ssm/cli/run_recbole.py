@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
+
+from recbole_ssm.cli import run
 
 DESCRIPTION = """\
 Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
@@ -95,15 +96,15 @@ def model_and_dataset(args: argparse.Namespace, files: list[str] | None) -> tupl
 
 def main() -> int:
     """Run the command on ``sys.argv``; returns its exit status."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args()
-    # What RecBole does that torch and pandas warn of is not for the person at the command to mend.
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
+    args, rest = build_parser().parse_known_args()
+    return run("run_recbole", lambda: _run(args, rest))
 
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
     from recbole_ssm import quick_start
     from recbole_ssm.config import Config
     from recbole_ssm.distributed.launch import launch
-    from recbole_ssm.errors import CannotWrite, UserError
+    from recbole_ssm.errors import UserError
     from recbole_ssm.places import check_file
     from recbole_ssm.registry import list_models
     from recbole_ssm.results import FIRST_KEY
@@ -111,60 +112,53 @@ def main() -> int:
     if args.list_models:
         print("\n".join(list_models()))
         return 0
-    try:
-        if args.doctor or args.force:
-            if not args.doctor or not {*sys.argv[1:]} <= {"--doctor", "--force"}:
-                raise UserError("--doctor goes alone, or with --force.")
-            from recbole_ssm.doctor import diagnose
+    if args.doctor or args.force:
+        if not args.doctor or not {*sys.argv[1:]} <= {"--doctor", "--force"}:
+            raise UserError("--doctor goes alone, or with --force.")
+        from recbole_ssm.doctor import diagnose
 
-            return diagnose(anew=args.force)
-        settings = parse_settings(rest)
-        files = args.config_files.split() if args.config_files else None
-        if args.mode == "evaluate" and args.checkpoint is None:
-            raise UserError("--mode evaluate needs --checkpoint FILE.")
-        if args.mode == "train" and args.checkpoint is not None:
-            raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
-        named = args.model is not None or args.dataset is not None or files
-        if (args.resume or args.checkpoint) and named:
-            raise UserError("--model, --dataset and --config_files are those of the checkpoint: leave them out.")
-        model, dataset = model_and_dataset(args, files)
-        if args.address and args.engine != "ray":
-            raise UserError("--address is that of a Ray cluster: add --engine ray.")
-        if args.engine == "ray":
-            if args.result_file or args.resume or args.checkpoint:
-                raise UserError("--engine ray goes with training from the start and without --result_file.")
-            from recbole_ssm.distributed.ray_training import train_on_ray
+        return diagnose(anew=args.force)
+    settings = parse_settings(rest)
+    files = args.config_files.split() if args.config_files else None
+    if args.mode == "evaluate" and args.checkpoint is None:
+        raise UserError("--mode evaluate needs --checkpoint FILE.")
+    if args.mode == "train" and args.checkpoint is not None:
+        raise UserError("--checkpoint FILE goes with --mode evaluate; to train on, use --resume FILE.")
+    named = args.model is not None or args.dataset is not None or files
+    if (args.resume or args.checkpoint) and named:
+        raise UserError("--model, --dataset and --config_files are those of the checkpoint: leave them out.")
+    model, dataset = model_and_dataset(args, files)
+    if args.address and args.engine != "ray":
+        raise UserError("--address is that of a Ray cluster: add --engine ray.")
+    if args.engine == "ray":
+        if args.result_file or args.resume or args.checkpoint:
+            raise UserError("--engine ray goes with training from the start and without --result_file.")
+        from recbole_ssm.distributed.ray_training import train_on_ray
 
-            train_on_ray(model, dataset, files, settings, args.nproc, args.address)
-            return 0
-        if args.result_file:
-            check_file(args.result_file, "name another --result_file", FIRST_KEY)
-        if args.nproc != 1 or args.world_size > 0:
-            if args.checkpoint:
-                raise UserError("--mode evaluate runs in one process: leave --nproc out.")
-            configuration: Callable[[dict[str, str]], Config] = partial(Config, model, dataset, files)
-            if args.resume:
-                configuration = partial(quick_start.config_of, args.resume)
-            train = partial(
-                quick_start.train_by_settings, configuration, resume_file=args.resume, result_file=args.result_file
-            )
-            launch(
-                train, configuration(settings), settings,
-                args.nproc, args.world_size, args.ip, args.port, args.group_offset,
-            )  # fmt: skip
-            return 0
-        if args.mode == "evaluate":
-            run = quick_start.evaluate(args.checkpoint, settings)
-        elif args.resume:
-            run = quick_start.train_and_test(quick_start.config_of(args.resume, settings), resume_file=args.resume)
-        else:
-            run = quick_start.train_and_test(Config(model, dataset, files, settings))
-        if args.result_file:
-            run.write(args.result_file)
-    except UserError as error:
-        print(f"run_recbole: {error}", file=sys.stderr)
-        return 1 if isinstance(error, CannotWrite) else 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\nrun_recbole: {interrupt or 'interrupted.'}", file=sys.stderr)
-        return 130
+        train_on_ray(model, dataset, files, settings, args.nproc, args.address)
+        return 0
+    if args.result_file:
+        check_file(args.result_file, "name another --result_file", FIRST_KEY)
+    if args.nproc != 1 or args.world_size > 0:
+        if args.checkpoint:
+            raise UserError("--mode evaluate runs in one process: leave --nproc out.")
+        configuration: Callable[[dict[str, str]], Config] = partial(Config, model, dataset, files)
+        if args.resume:
+            configuration = partial(quick_start.config_of, args.resume)
+        train = partial(
+            quick_start.train_by_settings, configuration, resume_file=args.resume, result_file=args.result_file
+        )
+        launch(
+            train, configuration(settings), settings,
+            args.nproc, args.world_size, args.ip, args.port, args.group_offset,
+        )  # fmt: skip
+        return 0
+    if args.mode == "evaluate":
+        done = quick_start.evaluate(args.checkpoint, settings)
+    elif args.resume:
+        done = quick_start.train_and_test(quick_start.config_of(args.resume, settings), resume_file=args.resume)
+    else:
+        done = quick_start.train_and_test(Config(model, dataset, files, settings))
+    if args.result_file:
+        done.write(args.result_file)
     return 0

@@ -1,6 +1,5 @@
 """RecBole's filters of interactions: none leaves a row out without saying so, or guesses at what is asked for."""
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +8,8 @@ from recbole.data import dataset as recbole_datasets
 from recbole.utils.enum_type import FeatureType
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.settings.parts import intervals_of
 
-NUMBER = r"\s*([+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|inf))\s*"
-INTERVAL = re.compile(rf"\s*([\[(]){NUMBER},{NUMBER}([\])])\s*", re.IGNORECASE)
 NUMBER_INTERVALS = (
     "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval", "relation_kg_num_interval",
 )  # fmt: skip
@@ -88,15 +86,11 @@ class Filters(recbole_datasets.Dataset):
         """
         if intervals_str is None:
             return None
-        found = [INTERVAL.fullmatch(part) for part in str(intervals_str).split(";")]
-        intervals = [(match[1], float(match[2]), float(match[3]), match[4]) for match in found if match]
-        if len(intervals) == len(found) and all(low <= high for _, low, high, _ in intervals):
-            return intervals
         names = [name for name in NUMBER_INTERVALS if self.config[name] == intervals_str] or ["val_interval"]
-        raise UserError(
-            f"{' and '.join(names)} has {intervals_str!r}, which is no interval: write it as '[5,inf)' or '[5,20]', "
-            "several as '[5,20];[30,40)'."
-        )
+        try:
+            return intervals_of(intervals_str, " and ".join(names))
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def _reset_index(self):
         if self.inter_feat.empty:

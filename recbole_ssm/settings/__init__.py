@@ -21,7 +21,7 @@ from recbole_ssm.settings.models import (
     divides,
     fixed,
 )
-from recbole_ssm.settings.parts import MOST, Cosine, Whole, near, setting
+from recbole_ssm.settings.parts import MOST, NEGATIVES, Cosine, Whole, near, setting
 from recbole_ssm.settings.schema import Common, Sequential
 from recbole_ssm.settings.text import sentence
 
@@ -31,6 +31,7 @@ __all__ = [
     "LOGISTIC_LOSSES",
     "LOSS_TYPES",
     "MOST",
+    "NEGATIVES",
     "SCHEMAS",
     "Common",
     "Cosine",

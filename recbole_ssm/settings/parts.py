@@ -20,6 +20,19 @@ SEPARATOR = "what stands between, such as ','"
 # What fits the integers of the libraries below.
 MOST = 2**31 - 1
 
+# As RecBole's; both ends of an interval, and whether they belong to it.
+NUMBER = r"\s*([+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|inf))\s*"
+INTERVAL = re.compile(rf"\s*([\[(]){NUMBER},{NUMBER}([\])])\s*", re.IGNORECASE)
+
+# What each loss samples where nothing else is asked for; gSASRec's number (arXiv 2308.07192) for the last two.
+NEGATIVES: dict[str, dict[str, Any] | None] = {
+    "CE": None,
+    "BCE": {"distribution": "uniform", "sample_num": 1},
+    "BPR": {"distribution": "uniform", "sample_num": 1},
+    "gBCE": {"distribution": "uniform", "sample_num": 256},
+    "SampledSoftmax": {"distribution": "uniform", "sample_num": 256},
+}
+
 # RecBole's metrics of a ranked list's first k, of a whole list, and of single scores.
 TOP_METRICS = (
     "Recall", "MRR", "NDCG", "Hit", "Precision", "MAP", "ItemCoverage", "AveragePopularity", "GiniIndex",
@@ -203,14 +216,28 @@ def check_gpus(value: Any) -> Any:
     return value
 
 
-def check_intervals(value: Any, info: ValidationInfo) -> Any:
-    """Intervals as RecBole writes them; raises ``ValueError`` for anything else."""
-    from recbole_ssm.data.filters import INTERVAL  # which brings RecBole's datasets along
+def intervals_of(text: Any, name: str | None) -> list[tuple[str, float, float, str]]:
+    """Intervals as RecBole writes them, such as ``[5,inf)``, by ``;``: each with its brackets around its ends.
 
-    found = [INTERVAL.fullmatch(part) for part in value.split(";")] if isinstance(value, str) else [None]
-    if value is not None and not all(match and float(match[2]) <= float(match[3]) for match in found):
+    Args:
+        text: what is to be read.
+        name: the setting whose value that is.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = [INTERVAL.fullmatch(part) for part in str(text).split(";")]
+    intervals = [(match[1], float(match[2]), float(match[3]), match[4]) for match in found if match]
+    if len(intervals) < len(found) or any(low > high for _, low, high, _ in intervals):
         raise ValueError(
-            f"{info.field_name} has {value!r}, which is no interval: write it as '[5,inf)' or '[5,20]', several as "
+            f"{name} has {text!r}, which is no interval: write it as '[5,inf)' or '[5,20]', several as "
             "'[5,20];[30,40)'."
         )
+    return intervals
+
+
+def check_intervals(value: Any, info: ValidationInfo) -> Any:
+    """Raises ``ValueError`` for what :func:`intervals_of` does not read."""
+    if value is not None:
+        intervals_of(value, info.field_name)
     return value

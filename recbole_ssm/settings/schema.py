@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from recbole_ssm.settings.parts import (
     LIST_METRICS,
+    NEGATIVES,
     SCORE_METRICS,
     SEPARATOR,
     SMALLER,
@@ -266,7 +267,7 @@ class Sequential(Common):
             raise ValueError(
                 "train_neg_sample_args should be None with loss_type CE, which samples nothing: leave it out."
             )
-        if self.loss_type in ("BCE", "BPR", "gBCE", "SampledSoftmax") and not draws:
+        if NEGATIVES.get(self.loss_type or "") and not draws:
             raise ValueError(
                 f"loss_type {self.loss_type} needs negatives: leave train_neg_sample_args out, or give it a "
                 "distribution."
