@@ -2,7 +2,9 @@
 
 import json
 import platform
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -101,14 +103,20 @@ def versions() -> dict[str, str]:
 
 def peak_memory() -> dict[str, int]:
     """Most bytes held at once by this process, and by its GPU's tensors where there is one."""
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # Windows
-        host = getattr(psutil.Process().memory_info(), "peak_wset", 0)
-    peak = {"peak_memory_bytes": host}
+    peak = {"peak_memory_bytes": _peak_of_the_process()}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_of_the_process() -> int:
+    with suppress(OSError):
+        # Linux's own, where it is there: ru_maxrss may begin with the peak of the process that started this one.
+        if own := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return int(own[1]) * 1024
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # Windows
+        return getattr(psutil.Process().memory_info(), "peak_wset", 0)
