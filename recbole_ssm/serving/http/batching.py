@@ -21,9 +21,7 @@ class Batcher(Generic[Job, Answer]):
         waiting: jobs that may wait.
     """
 
-    def __init__(
-        self, answer: Callable[[list[Job]], Awaitable[list[Answer | Exception]]], most: int = 256, waiting: int = 10_000
-    ):
+    def __init__(self, answer: Callable[[list[Job]], Awaitable[list[Answer | Exception]]], most: int, waiting: int):
         self._answer, self._most = answer, most
         self._queue: asyncio.Queue[tuple[Job, asyncio.Future[Answer]]] = asyncio.Queue(waiting)
 

@@ -16,7 +16,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.serving.http.app import create_app
 from recbole_ssm.serving.http.gate import Limits
 from recbole_ssm.serving.http.metrics import FOLDER
-from recbole_ssm.serving.http.store import MemoryStore, RedisStore
+from recbole_ssm.serving.http.store import MOST_BYTES, MOST_SESSIONS, SECONDS, MemoryStore, RedisStore
 from recbole_ssm.serving.http.titles import read_titles, titles_beside
 from recbole_ssm.serving.recommender import Recommender
 from recbole_ssm.serving.session import Sessions
@@ -44,9 +44,9 @@ class Served:
     device: str | None = None
     rule: str = "window"
     redis: str | None = field(default=None, repr=False)
-    session_seconds: int = 30 * 24 * 3600
-    most_sessions: int = 100_000
-    most_session_bytes: int = 1 << 30
+    session_seconds: int = SECONDS
+    most_sessions: int = MOST_SESSIONS
+    most_session_bytes: int = MOST_BYTES
     items: str | None = None
     title: str | None = None
     token: str | None = field(default=None, repr=False)

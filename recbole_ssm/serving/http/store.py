@@ -49,6 +49,10 @@ class Store(Protocol):
         """Let go of its connections."""
 
 
+MOST_SESSIONS, MOST_BYTES = 100_000, 1 << 30  # in memory
+SECONDS = 30 * 24 * 3600  # in Redis, after the last event
+
+
 class MemoryStore:
     """Sessions in the memory of one process; those that were used least recently go first.
 
@@ -61,7 +65,7 @@ class MemoryStore:
         evicted: how many have gone.
     """
 
-    def __init__(self, most: int = 100_000, most_bytes: int = 1 << 30):
+    def __init__(self, most: int = MOST_SESSIONS, most_bytes: int = MOST_BYTES):
         self._most, self._most_bytes, self.nbytes = most, most_bytes, 0
         self._states: OrderedDict[str, State] = OrderedDict()
         self.evicted = 0
@@ -132,7 +136,7 @@ class RedisStore:
         UserError: for another kind of address, or where redis-py is missing.
     """
 
-    def __init__(self, url: str, sessions: Sessions, seconds: int = 30 * 24 * 3600, patience: float = 2.0):
+    def __init__(self, url: str, sessions: Sessions, seconds: int = SECONDS, patience: float = 2.0):
         try:
             import redis.asyncio
             from redis.asyncio.retry import Retry
