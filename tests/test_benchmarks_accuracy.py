@@ -393,6 +393,7 @@ def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "amazon-beauty", [1])
     beside = {"Mamba4Rec": ["whole model", "w/o seen items"], "SASRec": ["whole model"], "eSASRec": ["whole model"]}
+    beside |= {"BSARec": ["whole model"]}
     assert {model: [name for own, name in found if own == model] for model in beside} == beside
     assert sum(model == "STARRec" for model, _ in found) == 11
     for (spec,) in found.values():
@@ -411,7 +412,9 @@ def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
         ("sparse", "whole model", "amazon-video-games", UNSEEN, ["STARRec", "Mamba4Rec", "SASRec"]),
         ("dense", "whole model", "ml-1m", FULL, ["STARRec"]),
         ("dense", "w/o seen items", "ml-1m", UNSEEN, ["STARRec", "Mamba4Rec"]),
+        ("dense", "whole model", "ml-1m", UNSEEN, ["SASRec"]),
         ("small", "w/o seen items", "ml-100k", UNSEEN, ["STARRec", "Mamba4Rec"]),
+        ("small", "whole model", "ml-100k", UNSEEN, ["SASRec"]),
     ],
 )
 def test_what_an_experiment_found_is_what_is_tuned(experiment, variant, dataset, tuned_by, models):
