@@ -96,7 +96,7 @@ CLAIMS = [
         Claim(dataset, f"STARRec as tuned here is above {other}, {protocol}", "STARRec", over=other, protocol=protocol)
         for dataset in SETS
         for protocol in PROTOCOLS
-        for other in ("SASRec", "Mamba4Rec")
+        for other in ("SASRec", "Mamba4Rec", "BSARec")
     ),
     _reaches("STARRec", "gSASRec", "ml-1m", UNSEEN, "ndcg@10"),
     _reaches("STARRec", "gSASRec", "ml-1m", UNSEEN, "recall@10"),
