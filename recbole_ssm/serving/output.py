@@ -66,13 +66,13 @@ class Output:
         self.output = Path(output)
         if not self.output.name:
             raise UserError(f"output is {str(output)!r}: name a file, or a folder with / at its end.")
-        if self.output.suffix in OF_OTHER_KINDS:
-            raise UserError(f"output is {str(output)!r}, but it is written as Parquet: name a file .parquet.")
         self.scratch = self.output.with_name(f"{self.output.name}.partial")
         self.parts, self._progress = self.scratch / "parts", self.scratch / "state.json"
         self._before = self.scratch / "before"
         self.is_folder = str(output).endswith(("/", os.sep)) or self.output.is_dir() or self._before.is_dir()
         self._check_apart({path.resolve() for path in read})
+        if self.output.suffix in OF_OTHER_KINDS:
+            raise UserError(f"output is {str(output)!r}, but it is written as Parquet: name a file .parquet.")
         if self.is_folder:
             check_folder(self.output.parent, "choose another --output")
             if self.output.exists() and (not self.output.is_dir() or not self._holds_parts()):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from recbole_ssm import Config
-from recbole_ssm.checkpoint import _COMMENT, _COMMENT_LENGTH, _COMMENT_SIZE, FIRST_FORMAT, FORMAT, _digest
+from recbole_ssm.checkpoint import _COMMENT, _COMMENT_LENGTH, _COMMENT_SIZE, FIRST_FORMAT, FORMAT, digest
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
 from recbole_ssm.registry import list_models
 from tests.conftest import Trap, random_rows, write_dataset
@@ -154,7 +154,7 @@ def _pickled(value: Any) -> bytes:
 def seal(archive: bytes) -> bytes:
     """A zip archive with the digest that save_checkpoint would have written."""
     body = archive[: -_COMMENT_LENGTH.size] + _COMMENT_LENGTH.pack(_COMMENT_SIZE)
-    return body + _COMMENT + _digest(io.BytesIO(body)).encode()
+    return body + _COMMENT + digest(io.BytesIO(body)).encode()
 
 
 def unseal(data: bytes) -> bytes:
