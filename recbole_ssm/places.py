@@ -58,7 +58,8 @@ def check_file(file: str | Path, remedy: str, mark: str = "") -> None:
     Args:
         file: to be written, or replaced.
         remedy: what to do where that cannot be.
-        mark: what the beginning of such a file holds; what is there without it, and is not empty, is something else.
+        mark: what the beginning of such a file, a text, holds; what is there without it, and is not empty, is something
+            else.
 
     Raises:
         CannotWrite: where it cannot be written, with the ``remedy``.
@@ -73,5 +74,5 @@ def check_file(file: str | Path, remedy: str, mark: str = "") -> None:
     with writing(path, remedy), path.open("ab+") as there:
         there.seek(0)
         found = there.read(BEGINNING)
-    if found and mark.encode() not in found:
+    if mark and found and (b"\0" in found or mark.encode() not in found):  # a checkpoint holds a result's words, too
         raise UserError(f"{path} is there, and is no earlier file of this kind: {remedy}.")

@@ -96,7 +96,9 @@ def test_a_look_at_a_file_leaves_it_as_it_was():
     assert list(Path("new").iterdir()) == []
 
 
-@pytest.mark.parametrize("there", [b"user_id:token\titem_id:token\n", b"PK\x03\x04", b'{"another": 1}'])
+@pytest.mark.parametrize(
+    "there", [b"user_id:token\titem_id:token\n", b"PK\x03\x04\0best_valid_result", b'{"another": 1}']
+)
 def test_what_is_no_earlier_result_is_never_replaced(there, monkeypatch, capsys):
     Path("result.json").write_bytes(there)
     assert command(monkeypatch, run_recbole.main, *TINY, "--result_file=result.json") == 2
