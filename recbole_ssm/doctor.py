@@ -5,7 +5,6 @@ Each op that a model needs, on each backend and in each dtype, is checked beside
 """
 
 import platform
-import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,7 +138,6 @@ def diagnose(anew: bool = False) -> int:
         return Check(need[0], backend, str(device), dtype, need[1], tf32=tf32_allowed(device))
 
     checks = [check(need, b, dtype) for need in ops for b in tried if not absent[need[0], b] for dtype in DTYPES]
-    print(f"checking {len(checks)} cases, one after another; kernels compile the first time", file=sys.stderr)
     found = verdicts(checks, LIMIT_S, timed=True, anew=anew)
 
     for name, text in about(device).items():

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 # Longest that a check may be silent, its compilation not counted: the run itself would have to wait for that, too.
 LIMIT_S = 20.0
@@ -109,7 +110,7 @@ def verdicts(
     Args:
         checks: what is asked.
         limit_s: another limit than :data:`LIMIT_S`.
-        timed: also time what is right; then one check runs after another.
+        timed: also time what is right; then one check runs after another, with a bar on the standard error.
         anew: find even what is known.
     """
     missing = []
@@ -322,10 +323,12 @@ def _judge(checks: list[Check], limit_s: float, timed: bool) -> dict[Check, Verd
             found[child.left.pop(0)] = Verdict(state, detail)
         start(child.left)
 
+    bar = tqdm(total=len(checks), desc="checking; kernels compile the first time", unit=" cases", disable=not timed)
     try:
         for i in range(processes):
             start(checks[i::processes])
         while running:
+            bar.update(len(found) - bar.n)
             try:
                 child, line = answers.get(timeout=max(0.0, min(c.deadline for c in running) - time.monotonic()))
             except queue.Empty:
@@ -340,7 +343,9 @@ def _judge(checks: list[Check], limit_s: float, timed: bool) -> dict[Check, Verd
             heard = child.hear(line)
             if heard is not None:
                 found[child.left.pop(0)] = heard
+        bar.update(len(found) - bar.n)
     finally:
+        bar.close()
         for child in running:
             child.end()
     return found

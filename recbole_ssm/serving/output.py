@@ -97,12 +97,17 @@ class Output:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs away."""
+        """Keep other runs away. What fails before there is anything to go on with leaves no folder behind."""
         check_folder(self.scratch, "choose another --output")
         with (self.scratch / "lock").open("ab") as file:
             if not lock(file):
                 raise UserError(f"another run writes {self.output}: wait for it, or name another --output.")
-            yield
+            try:
+                yield
+            except Exception:
+                if not self._progress.exists():
+                    shutil.rmtree(self.scratch, ignore_errors=True)
+                raise
 
     def begin(self, job: dict[str, Any], parts: int) -> Progress:
         """Where a run of the same job stopped, or a new one."""

@@ -373,10 +373,12 @@ def test_speed_is_told_where_it_is_right(monkeypatch):
     assert examine(Check("causal_conv", "reference", "cpu", "float32", RIGHT.sizes), timed=True).times_as_fast == 1.0
 
 
-def test_timed_asks_again_for_what_was_not_timed(cache, no_child):
+def test_timed_asks_again_for_what_was_not_timed_and_shows_a_bar(cache, no_child, capsys):
     assert verdicts([RIGHT])[RIGHT].state == "right"
     assert not no_child
+    assert not capsys.readouterr().err
     assert verdicts([RIGHT], timed=True)[RIGHT].state == "unchecked"
+    assert "checking" in (bar := capsys.readouterr().err) and "1/1" in bar
     assert no_child
 
 
