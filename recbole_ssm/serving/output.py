@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -100,7 +100,8 @@ class Output:
         """Keep other runs away. What fails before there is anything to go on with leaves no folder behind."""
         check_folder(self.scratch, "choose another --output")
         with (self.scratch / "lock").open("ab") as file:
-            if not lock(file):
+            # A run that ended since it was opened has removed the file, which then keeps nobody away.
+            if not lock(file) or not _stands(file):
                 raise UserError(f"another run writes {self.output}: wait for it, or name another --output.")
             try:
                 yield
@@ -178,6 +179,14 @@ class Output:
         self._progress.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)  # Windows keeps the lock, which is open
         return {name: sum(count[name] for count in counts) for name in ("users", "answered")} | {"rows": rows}
+
+
+def _stands(file: IO[bytes]) -> bool:
+    """Whether a file that is open is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def _replaceable(file: Path) -> bool:

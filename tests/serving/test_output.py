@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from recbole_ssm import UserError
+from recbole_ssm.checkpoint import lock
 from recbole_ssm.errors import CannotWrite
 
 from ..test_places import disk_full_after
@@ -155,6 +156,20 @@ def test_two_runs_of_one_output_do_not_mix():
     source = written(interactions(100), "csv")
     with batch.Output("out.parquet").held(), pytest.raises(UserError, match=r"another run writes out\.parquet"):
         batch.recommend_all(recommender("Mamba4Rec"), source, "out.parquet")
+
+
+@pytest.mark.parametrize("by_a_third", [False, True])
+def test_a_run_that_ends_while_another_begins_is_waited_for(monkeypatch, by_a_third):
+    def ended_before(file):
+        shutil.rmtree("out.parquet.partial")
+        if by_a_third:
+            Path("out.parquet.partial").mkdir()
+            Path("out.parquet.partial/lock").touch()
+        return lock(file)
+
+    monkeypatch.setattr("recbole_ssm.serving.output.lock", ended_before)
+    with pytest.raises(UserError, match=r"another run writes out\.parquet: wait"), batch.Output("out.parquet").held():
+        pass
 
 
 def test_an_output_that_is_there_is_replaced():
