@@ -25,13 +25,16 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: package_version(package) for package in PACKAGES},
-        "commit": commit or "no repository",
+        "commit": commit or "unknown",
         "date": date.today().isoformat(),
     }
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # as in a slim container
+        return ""
     return done.stdout.strip()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, ops
+from benchmarks import __main__, environment, ops
 from benchmarks.measure import peak_bytes
 from recbole_ssm.ops import cases, causal_conv
 
@@ -16,6 +16,11 @@ def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "ops", *words, "--output", "r.json", "--page", "page.md"])
     __main__.main()
     return json.loads(Path("r.json").read_text())
+
+
+def test_a_machine_without_git_has_no_commit_to_tell(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment.environment()["commit"] == "unknown"
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 def sizes_of(settings: dict) -> list[tuple[str, dict]]:
     """What a model with these settings asks of the ops."""
     asked, hidden = [], settings["hidden_size"]
-    if "n_heads" in settings:
+    if "use_pma" in settings:  # other models with heads have torch's attention
         asked.append(
             ("preference_attention", {"H": settings["n_heads"], "P": hidden // settings["n_heads"], "E": hidden})
         )
