@@ -392,10 +392,12 @@ def test_a_search_whose_trials_all_fail_is_one_sentence(tiny, monkeypatch):
 def test_models_beside_an_experiment_are_run_in_its_variants_of_them():
     shipped = Study.read(study.FILE)
     found = experiments_plan.EXPERIMENTS["sparse"].specs(shipped, "amazon-beauty", [1])
-    beside = {"Mamba4Rec": ["whole model", "w/o seen items"], "SASRec": ["whole model"], "eSASRec": ["whole model"]}
-    beside |= {"BSARec": ["whole model"]}
-    assert {model: [name for own, name in found if own == model] for model in beside} == beside
-    assert [name for model, name in found if model == "STARRec"] == list(experiments_plan.SPARSE_VARIANTS)
+    variants = {model: [name for own, name in found if own == model] for model, _ in found}
+    assert variants.pop("STARRec") == list(experiments_plan.SPARSE_VARIANTS)
+    sizes = ["whole model", "hidden size 128"]
+    assert variants == dict.fromkeys(("Mamba4Rec", "SASRec", "eSASRec", "BSARec"), sizes)
+    dense = experiments_plan.EXPERIMENTS["dense"].specs(shipped, "ml-1m", [1])
+    assert [name for model, name in dense if model == "Mamba4Rec"] == ["whole model", "w/o seen items"]
     for (spec,) in found.values():
         spec.config()
         assert not spec.settings["tuned"]

@@ -162,7 +162,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "eSASRec": {"dropout_prob": 0.5},
             "SASRec": {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
         },
-        reference_models={**REFERENCES, "BSARec": ("whole model",)},
+        reference_models=dict.fromkeys((*REFERENCES, "BSARec"), ("whole model", "hidden size 128")),
     ),
     "dense": Experiment(
         "What lifts STAR-Rec where histories are long?",
