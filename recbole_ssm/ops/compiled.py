@@ -1,7 +1,9 @@
 """What the compiled CPU paths share: how numba compiles them, and how they divide packed sequences among threads."""
 
 import logging
+import threading
 from contextlib import suppress
+from functools import wraps
 
 import numba
 import numpy as np
@@ -19,16 +21,37 @@ if numba.config.CPU_FEATURES is None and "+avx512f" in (_features := get_host_cp
 
 _OPTIONS = {"fastmath": True, "error_model": "numpy"}
 
+_TURN = threading.Lock()
+
 # A function that kernels call: compiled with them, and cached in them.
 helper = numba.njit(**_OPTIONS)
 
 
 def compiled(function):
-    """Compile a kernel that is called from Python and loops over groups of sequences with ``prange``."""
+    """Compile a kernel that is called from Python and loops over groups of sequences with ``prange``.
+
+    It may be called by several threads at once.
+    """
     kernel = numba.njit(function, parallel=True, **_OPTIONS)
     with suppress(RuntimeError):  # neither this folder nor the user's cache can be written: compile anew each time
         kernel._cache = _Cache(function)  # as cache=True would, with numba's own
-    return kernel
+
+    @wraps(function)
+    def call(*args):
+        if _takes_turns():
+            with _TURN:
+                return kernel(*args)
+        return kernel(*args)
+
+    return call
+
+
+def _takes_turns() -> bool:
+    """Whether numba ends the process where two threads meet: in its own pool, which it has without OpenMP and TBB."""
+    try:
+        return numba.threading_layer() == "workqueue"
+    except ValueError:  # the first kernel has not run yet
+        return True
 
 
 class _Cache(FunctionCache):
