@@ -37,11 +37,11 @@ def compiled(function):
         kernel._cache = _Cache(function)  # as cache=True would, with numba's own
 
     @wraps(function)
-    def call(*args):
+    def call(*args, **named):
         if _takes_turns():
             with _TURN:
-                return kernel(*args)
-        return kernel(*args)
+                return kernel(*args, **named)
+        return kernel(*args, **named)
 
     return call
 
