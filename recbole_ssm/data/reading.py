@@ -31,6 +31,11 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)  # numbers become float32 in a 
 
 BYTES_AT_A_TIME = 1 << 22
 
+# Before 3.1 pandas rounded a number's last digit otherwise, unless it was asked not to.
+_EXACTLY: dict[str, Any] = {}
+if tuple(int(part) for part in pd.__version__.split(".")[:2]) < (3, 1):
+    _EXACTLY["float_precision"] = "round_trip"
+
 _DATE = re.compile(r"\d+[-/.]\d+[-/.]\d+|\d:\d\d")
 
 # What may stand for a separator of several bytes while a file is read.
@@ -245,6 +250,7 @@ class AtomicFile:
                 quoting=csv.QUOTE_NONE,
                 keep_default_na=False,
                 na_values=missing,
+                **_EXACTLY,
             )
         lines = pd.RangeIndex(count).delete(blank)
         if len(table) != len(lines):
