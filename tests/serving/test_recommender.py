@@ -1,6 +1,7 @@
 """Recommendations against scores of the model by a loop over users; what comes in, and what is refused."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from recbole_ssm import UserError
 from recbole_ssm.quick_start import load_data_and_model, train_and_test
 from recbole_ssm.serving import Recommender, top_items
+from recbole_ssm.serving.batch import set_threads
 
 from ..conftest import random_rows, small_config, write_dataset
 from .conftest import recommender
@@ -46,6 +48,19 @@ def test_top_items_are_those_of_a_loop(case, exclude_seen, monkeypatch):
         assert scores == sorted(scores, reverse=True)
         if history:
             np.testing.assert_allclose(scores, served.score([history], items)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["STARRec", "SSD4Rec", "BSARec"])
+def test_threads_get_the_answers_of_one(name):
+    served = recommender(name)
+    rng = np.random.default_rng(0)
+    asked = [[[f"i{item}" for item in rng.integers(30, size=rng.integers(1, 30))]] for _ in range(100)]
+    alone = [served.recommend(histories, 5) for histories in asked]
+    with ThreadPoolExecutor(2, initializer=set_threads, initargs=(1,)) as threads:
+        together = list(threads.map(lambda histories: served.recommend(histories, 5), asked))
+    assert [found.items for found in together] == [found.items for found in alone]
+    for found, wanted in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
 
 
 def test_a_model_without_repeats_never_recommends_what_a_history_holds():
