@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import psutil
 import pytest
@@ -21,9 +22,10 @@ from recbole_ssm.config import properties_dir
 from recbole_ssm.data import create_dataset, data_preparation
 from recbole_ssm.quick_start import build_model
 
-# Where workers run side by side, torch's threads of them all would wait for each other, in their child processes, too.
+# Where workers run side by side, the threads of them all would wait for each other, torch's in child processes, too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    numba.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float"
