@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
             begin = time.perf_counter()
             tune(
                 arguments.model, arguments.dataset, None, settings, space=SPACE, algorithm="grid", scheduler="none",
-                num_samples=1, cpus_per_trial=cores, max_concurrent=at_once, storage_path=folder,
+                cpus_per_trial=cores, max_concurrent=at_once, storage_path=folder,
             )  # fmt: skip
             return time.perf_counter() - begin
 

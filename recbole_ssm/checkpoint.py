@@ -221,13 +221,12 @@ def load_weights(model, state: dict[str, Any], file: str | Path) -> None:
     model.load_other_parameter(other)
 
 
-def check_optimizer_state(file: str | Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Check that an optimizer's state is one that this optimizer itself could have: fused kernels do not.
+def check_optimizer_state(file: str | Path, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Check that an optimizer's ``state`` and ``param_groups`` are what this one could have: fused kernels do not.
 
     Raises:
         UserError: where it is not, naming the ``file``.
     """
-    expect(file, state, state=dict, param_groups=list)
     groups = [group["params"] for group in optimizer.param_groups]
     numbers = [group.get("params") if isinstance(group, dict) else None for group in state["param_groups"]]
     counted = iter(range(sum(map(len, groups))))

@@ -8,7 +8,7 @@ import platform
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -34,7 +34,24 @@ LIMIT_S = 60.0
 WIDTH = 100
 COLUMNS = (21, 20, 10, 9)  # op, sizes, backend, dtype; the verdict takes the rest
 
-Need = tuple[str, tuple[tuple[str, int], ...]]
+
+class Need(NamedTuple):
+    """An op that a model calls.
+
+    Attributes:
+        op: its name.
+        sizes: its widths, by the letters of its docstring.
+        exact: whether it is called in float32 where the model is trained in half precision, too.
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    exact: bool = False
+
+    @classmethod
+    def of(cls, op: str, exact: bool = False, **sizes: int) -> "Need":
+        """One whose ``sizes`` are keywords."""
+        return cls(op, tuple(sizes.items()), exact)
 
 
 def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
@@ -47,41 +64,50 @@ def needs(model: str, settings: Mapping[str, Any]) -> list[Need]:
     if model not in (*MODELS, *OTHERS):
         return []
     size = settings["hidden_size"]
-    found: list[tuple[str, dict[str, int]]] = []
+    found: list[Need] = []
     if model == "RecBLR":
         units = settings["expand"] * size
-        found += [("causal_conv", {"D": units, "K": settings["d_conv"]}), ("selective_scan", {"D": units, "N": 1})]
+        found.append(Need.of("causal_conv", D=units, K=settings["d_conv"]))
+        found.append(Need.of("selective_scan", exact=True, D=units, N=1))
     elif model != "STARRec" or settings["use_ssm"]:
         block = {"SSD4Rec": "mamba2", "TiM4Rec": "mamba2", "SS4Rec": "mamba"}.get(model) or settings["ssm_block"]
         found += _needs_of_block(block, settings)
     if model in ("STARRec", "Mamba4Rec") and settings["filter_share"]:
-        found.append(("selective_scan", {"D": size, "N": 1}))
+        found.append(Need.of("selective_scan", exact=True, D=size, N=1))
+    both_ways = model == "SSD4Rec" and settings["bidirectional"] and settings["backward_stream"] == "final"
+    if both_ways and settings["train_mode"] == "sequence":  # all prefixes are read in reverse at once
+        taps, inner = settings["d_conv"], settings["expand"] * size
+        found.append(Need.of("causal_conv", D=taps * (inner + 2 * settings["d_state"]), K=taps))
+        found.append(Need.of("ssd", exact=True, H=inner // settings["headdim"], P=1, G=1, N=1))
     if model == "TiM4Rec" and settings["time_aware"]:
         heads = settings["expand"] * size // settings["headdim"]
-        found.append(("causal_conv", {"D": heads, "K": settings["d_conv"]}))
+        found.append(Need.of("causal_conv", D=heads, K=settings["d_conv"]))
     if model == "SS4Rec":
-        found.append(("selective_scan", {"D": 2 * settings["d_time_state"], "N": 1}))
+        found.append(Need.of("selective_scan", exact=True, D=2 * settings["d_time_state"], N=1))
     if model == "STARRec" and settings["use_pma"]:
         heads = settings["n_heads"]
         metrics = {"M": heads, "E": size} if settings["use_similarity"] else {"M": 1, "E": 1}
-        if settings["use_similarity"]:
-            found.append(("preference_features", {"H": heads, "E": size}))
+        if settings["use_similarity"]:  # of embeddings, which autocast leaves alone
+            found.append(Need.of("preference_features", exact=True, H=heads, E=size))
         window = {"window": settings["attention_window"]} if settings["attention_window"] else {}
-        found.append(("preference_attention", {"H": heads, "P": size // heads, **metrics, **window}))
+        found.append(Need.of("preference_attention", H=heads, P=size // heads, **metrics, **window))
     if model == "STARRec" and settings["use_moe"] and settings["diversity_weight"]:
-        found.append(("expert_diversity", {"K": settings["experts_per_token"] or settings["n_experts"], "E": size}))
-    return [(op, tuple(sizes.items())) for op, sizes in found]
+        found.append(Need.of("expert_diversity", K=settings["experts_per_token"] or settings["n_experts"], E=size))
+    return found
 
 
-def _needs_of_block(block: str, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
+def _needs_of_block(block: str, settings: Mapping[str, Any]) -> list[Need]:
     inner, states, taps = settings["expand"] * settings["hidden_size"], settings["d_state"], settings["d_conv"]
     if block == "mamba":
-        return [("causal_conv", {"D": inner, "K": taps}), ("selective_scan", {"D": inner, "N": states})]
+        return [Need.of("causal_conv", D=inner, K=taps), Need.of("selective_scan", D=inner, N=states)]
     heads = inner // settings["headdim"]
-    ssd = {"H": heads, "P": settings["headdim"], "G": 1, "N": states}
+    ssd = {"H": heads, "P": settings["headdim"]}
     if block == "mamba2":
-        return [("causal_conv", {"D": inner + 2 * states, "K": taps}), ("ssd", ssd)]
-    return [("selective_scan", {"D": heads * (states // 4), "N": 1}), ("ssd", {**ssd, "G": heads})]
+        return [Need.of("causal_conv", D=inner + 2 * states, K=taps), Need.of("ssd", **ssd, G=1, N=states)]
+    return [
+        Need.of("selective_scan", exact=True, D=heads * (states // 4), N=1),
+        Need.of("ssd", exact=True, **ssd, G=heads, N=states),
+    ]
 
 
 def prefetch(config: Any) -> None:
@@ -99,11 +125,11 @@ def prefetch(config: Any) -> None:
     dtype = half if config["enable_amp"] else "float32"
     named = config["ssm_backend"] not in (None, "auto")
     checks = []
-    for op, sizes in needs(config["model"], config):
+    for op, sizes, exact in needs(config["model"], config):
         if named and op in NAMED:
             continue
-        able = [backend for backend in preferred(device) if not why_not(op, backend, probe(device, dtype))]
-        taken = "float32" if op == "preference_features" else dtype  # of embeddings, which autocast leaves alone
+        taken = "float32" if exact else dtype
+        able = [backend for backend in preferred(device) if not why_not(op, backend, probe(device, taken))]
         checks += [Check(op, first, str(device), taken, sizes, tf32=tf32_allowed(device)) for first in able[:1]]
     verdicts(checks)
 
@@ -129,43 +155,43 @@ def diagnose(anew: bool = False) -> int:
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tried = [b for b in BACKENDS[1:] if b != "cpu" or device.type == "cpu"]
-    ops = list(dict.fromkeys(need for model in MODELS for need in default_needs(model)))
+    ops = list(dict.fromkeys(need[:2] for model in MODELS for need in default_needs(model)))
     absent = {
         (op, b): why_not(op, b, probe(device)).removesuffix("; use ssm_backend: auto") for op, _ in ops for b in tried
     }
 
-    def check(need: Need, backend: str, dtype: str) -> Check:
-        return Check(need[0], backend, str(device), dtype, need[1], tf32=tf32_allowed(device))
+    def check(op: str, sizes: tuple[tuple[str, int], ...], backend: str, dtype: str) -> Check:
+        return Check(op, backend, str(device), dtype, sizes, tf32=tf32_allowed(device))
 
-    checks = [check(need, b, dtype) for need in ops for b in tried if not absent[need[0], b] for dtype in DTYPES]
+    checks = [check(op, sizes, b, dtype) for op, sizes in ops for b in tried if not absent[op, b] for dtype in DTYPES]
     found = verdicts(checks, LIMIT_S, timed=True, anew=anew)
 
     for name, text in about(device).items():
         _row([name], text, COLUMNS[:1])
     print()
     _row(["op", "sizes", "backend", "dtype"], "verdict, and how many times as fast as the reference")
-    for need in ops:
-        label = [need[0], " ".join(f"{letter} {size}" for letter, size in need[1])]
+    for op, sizes in ops:
+        label = [op, " ".join(f"{letter} {size}" for letter, size in sizes)]
         for backend in tried:
-            if absent[need[0], backend]:
-                _row([*label, backend, "all"], absent[need[0], backend])
+            if absent[op, backend]:
+                _row([*label, backend, "all"], absent[op, backend])
                 label = ["", ""]
             else:
                 for dtype in DTYPES:
-                    _row([*label, backend, dtype], _cell(found[check(need, backend, dtype)]))
+                    _row([*label, backend, dtype], _cell(found[check(op, sizes, backend, dtype)]))
                     label = ["", ""]
     print()
 
     taken, failed = {}, []
-    for need in default_needs(MAIN_JOB):
-        ways = [b for b in (*preferred(device), "reference") if not absent[need[0], b]]
+    for op, sizes, _ in default_needs(MAIN_JOB):
+        ways = [b for b in (*preferred(device), "reference") if not absent[op, b]]
         if not is_checked(device):
             ways = ways[:1]
-        right = [b for b in ways if found[check(need, b, "float32")].state == "right"]
+        right = [b for b in ways if found[check(op, sizes, b, "float32")].state == "right"]
         if right:
-            taken[need[0]] = right[0]
+            taken[op] = right[0]
         else:
-            failed.append(need[0])
+            failed.append(op)
     if failed:
         print(_wrapped(f"The main job ({MAIN_JOB}) cannot run here: {', '.join(failed)} has no backend that is right."))
         return 1

@@ -323,13 +323,22 @@ class DurableTraining(Trainer):
         resume.setdefault("timings", asdict(Timings()))
         expect(resume_file, state, config=dict, best_valid_score=float, best_valid_result=(dict, type(None)), epoch=int)
         expect(resume_file, resume, epoch=int, cur_step=int, state_dict=dict, random=(list, dict), timings=dict)
+        expect(resume_file, resume, optimizer=dict)
+        expect(resume_file, resume["optimizer"], state=dict, param_groups=list)
         expect(resume_file, resume["timings"], **dict.fromkeys(asdict(Timings()), list))
         if state["config"].get("learner") != self.learner:
             raise UserError(
                 f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "
                 "cannot take over: leave --learner out."
             )
-        check_optimizer_state(resume_file, self.optimizer, resume.get("optimizer"))
+        decay = state["config"].get("weight_decay")
+        regrouped = len(resume["optimizer"]["param_groups"]) != len(self.optimizer.param_groups)
+        if bool(decay) != bool(self.weight_decay) and regrouped:
+            raise UserError(
+                f"{resume_file} was trained with weight_decay {decay}, and with {self.weight_decay} the optimizer has "
+                "its parameters in another order: leave --weight_decay out."
+            )
+        check_optimizer_state(resume_file, self.optimizer, resume["optimizer"])
         load_weights(self.model, state, resume_file)  # the best epoch's, of which the test will be made
         load_weights(self.model, {**state, "state_dict": resume["state_dict"]}, resume_file)
         self.timings = Timings(**{key: resume["timings"][key] for key in asdict(Timings())})

@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,11 @@ def train_and_test(
         resume_file: checkpoint of an interrupted run with this configuration.
         callback_fn: called with the epoch's index and its validation score after each evaluation, as RecBole's.
     """
-    with nullcontext() if resume_file is None else _settings_of(resume_file):
+    if resume_file is None:
+        return fit(*prepare(config, saved=saved), saved, callback_fn=callback_fn)
+    with _settings_of(resume_file):
         trainer, loaders = prepare(config, saved=saved)
+    with _settings_of(resume_file, proven=lambda: bool(trainer.train_loss_dict)):
         return fit(trainer, loaders, saved, resume_file, callback_fn)
 
 
@@ -112,7 +115,7 @@ def fit(
     return Run(config, result, checkpoint, timings, getattr(trainer, "best_epoch", None))
 
 
-def prepare(config: Config, dataset=None, saved: bool = True):
+def prepare(config: Config, dataset=None, saved: bool = True) -> tuple[Any, Any]:
     """All that a run has before its first step.
 
     Args:
@@ -204,12 +207,13 @@ def config_of(model_file: str, settings: dict[str, Any] | None = None, state: di
 
 
 @contextmanager
-def _settings_of(file: str, name: bool = False) -> Iterator[None]:
+def _settings_of(file: str, name: bool = False, proven: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Say of a checkpoint's file what its settings, which may be anybody's, bring about.
 
     Args:
         file: the file.
         name: whether sentences about settings are to name it, too.
+        proven: whether so much has been done by it that what goes wrong now is not for its sake.
     """
     try:
         yield
@@ -218,10 +222,18 @@ def _settings_of(file: str, name: bool = False) -> Iterator[None]:
             raise
         raise UserError(f"{file}: {error}") from error
     except Exception as error:
+        if proven():
+            raise
         logging.getLogger().debug("", exc_info=error)
+        what = f"({type(error).__name__}: {' '.join(str(error).split())})"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise UserError(
+                f"{file} takes more memory than there is {what}: free some, or give smaller batches "
+                "(--train_batch_size, --eval_batch_size)."
+            ) from error
         raise UserError(
-            f"{file} cannot be used as it is ({type(error).__name__}: {' '.join(str(error).split())}): its settings or "
-            "the data are not those of a finished run."
+            f"{file} cannot be used as it is {what}: its settings or the data are not those of a finished run, or this "
+            "is a mistake of recbole-ssm; --state=DEBUG shows where."
         ) from error
 
 

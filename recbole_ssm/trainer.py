@@ -24,6 +24,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedSteps, made_ahead
 from recbole_ssm.layers.precision import rounded_weights
 from recbole_ssm.models.base import PackedRecommender
+from recbole_ssm.models.sequence_mode import SequenceMode
 from recbole_ssm.settings import LOGISTIC_LOSSES
 
 # On a GPU each look at the loss waits for all work before it, so only every this many steps is it checked for NaN.
@@ -100,6 +101,8 @@ class SequenceTrainer(DurableTraining):
         self._loss_of: Any = None
         self._rate: float | None = None  # which the optimizer has
         self._one = torch.ones((), device=self.device)
+        # With dynamic negatives the loader itself runs the model, which it switches to evaluation and back.
+        self._loader_scores = bool((config["train_neg_sample_args"] or {}).get("dynamic"))
         self.graphs = self._graphed_steps() if self._wants_graphs(scaled) else None
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -140,6 +143,7 @@ class SequenceTrainer(DurableTraining):
             f"{self.config['model']} is not trained in sequence mode, or its loss cannot leave rows out": not getattr(
                 self.model, "fillable", False
             ),
+            "negatives are scored by the model (dynamic in train_neg_sample_args)": self._loader_scores,
             f"shapes in {self.config['model']}, as it is set, follow from numbers on the GPU": getattr(
                 self.model, "reads_device", False
             ),
@@ -190,8 +194,7 @@ class SequenceTrainer(DurableTraining):
         on_gpu = self.device.type != "cpu"
         description = set_color(f"Train {epoch_idx:>5}", "pink")
         batches = train_data
-        # Of the other models of RecBole some draw random numbers where the loader does.
-        if self.graphs is not None or (on_gpu and hasattr(self.model, "fillable")):
+        if self.graphs is not None or (on_gpu and self._can_make_ahead()):
             batches = made_ahead(train_data, self._prepared, self.device)
         steps = tqdm(batches, total=len(train_data), ncols=100, desc=description, disable=not show_progress)
         total: Any = None
@@ -220,6 +223,14 @@ class SequenceTrainer(DurableTraining):
         self._check_nan(total.sum())
         sums = total.tolist()
         return tuple(sums) if len(sums) > 1 else sums[0]
+
+    def _can_make_ahead(self) -> bool:
+        """Whether a second thread may make batches while steps are taken.
+
+        Some of RecBole's other models draw from NumPy's global generator in a step, as its loaders do: with a thread
+        the order of the draws would be chance.
+        """
+        return isinstance(self.model, PackedRecommender | SequenceMode) and not self._loader_scores
 
     def _prepared(self, batch: Any) -> Any:
         """A batch as a GPU wants it: packed, in one of a few shapes where graphs replay, in one page-locked buffer."""
@@ -289,7 +300,9 @@ class SequenceTrainer(DurableTraining):
         return more
 
     def _take_more_state(self, resume: dict[str, Any]) -> None:
-        if self.average is not None:
+        if self.average is not None and "average" not in resume:  # the run begins to average now
+            self.average.start_from(0)
+        elif self.average is not None:
             expect(self.saved_model_file, resume, average=dict)
             expect(self.saved_model_file, resume["average"], steps=int)
             load_weights(self.model, resume["average"], self.saved_model_file)

@@ -239,6 +239,16 @@ def test_resume_follows_new_settings():
     assert group["lr"] == 0.5
     with pytest.raises(UserError, match="was trained with learner adam, whose state sgd cannot take over"):
         train_and_test(config_of(first.checkpoint, {"learner": "sgd"}), resume_file=first.checkpoint)
+    with pytest.raises(UserError, match=r"was trained with weight_decay 0.*: leave --weight_decay out"):
+        train_and_test(config_of(first.checkpoint, {"weight_decay": 0.1}), resume_file=first.checkpoint)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0.5), (0.5, 0)])
+def test_an_average_can_begin_or_end_where_a_run_is_resumed(before, after):
+    write_dataset("tiny", random_rows())
+    first = train_and_test(small_config("Mamba4Rec", epochs=1, ema_decay=before))
+    again = train_and_test(config_of(first.checkpoint, {"epochs": 2, "ema_decay": after}), resume_file=first.checkpoint)
+    assert ("average" in load_checkpoint(again.checkpoint)["resume"]) == bool(after)
 
 
 def test_a_killed_run_resumes(tmp_path):

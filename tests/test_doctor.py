@@ -168,7 +168,7 @@ def test_from_the_command_to_the_children(tmp_path):
         "import sys; from recbole_ssm import doctor; doctor.DTYPES = ('float32',); "
         "conv, scan = ('causal_conv', (('D', 4), ('K', 4))), ('selective_scan', (('D', 4), ('N', 2))); "
         "needed = [conv, scan] if 'scan' in sys.argv else [conv]; sys.argv[1:] = ['--doctor', *sys.argv[2:]]; "
-        "doctor.default_needs = lambda model: needed; "
+        "doctor.default_needs = lambda model: [doctor.Need(*need) for need in needed]; "
         "import runpy; runpy.run_module('recbole_ssm', run_name='__main__')"
     )
     root = Path(doctor.__file__).parent.parent
@@ -205,6 +205,9 @@ def test_from_the_command_to_the_children(tmp_path):
         ("STARRec", {"filter_share": 0.5}),
         ("Mamba4Rec", {"ssm_block": "mamba3"}),
         ("Mamba4Rec", {"filter_share": 0.5}),
+        ("SSD4Rec", {"train_mode": "sequence", "num_layers": 1}),
+        ("SSD4Rec", {"train_mode": "sequence", "num_layers": 1, "backward_stream": "aligned"}),
+        ("SSD4Rec", {"train_mode": "sequence", "bidirectional": False}),
     ],
 )
 def test_needs_are_what_models_call(model, settings, monkeypatch):
@@ -213,13 +216,15 @@ def test_needs_are_what_models_call(model, settings, monkeypatch):
     automatic = backends._automatic
 
     def record(op, device, dtype, sizes, *rest):
-        called.add((op, sizes))
+        called.add((op, sizes, dtype == torch.float32))
         return automatic(op, device, dtype, sizes, *rest)
 
     monkeypatch.setattr(backends, "_automatic", record)
-    loss = network.calculate_loss(next(iter(train_data)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = network.calculate_loss(next(iter(train_data)))
     sum(loss).backward() if isinstance(loss, tuple) else loss.backward()
-    network.eval().full_sort_predict(next(iter(valid_data))[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        network.eval().full_sort_predict(next(iter(valid_data))[0])
     assert called == set(doctor.needs(model, config))
 
 

@@ -229,6 +229,24 @@ def test_the_next_batch_is_made_while_one_is_worked_on():
     assert made == [1, 2, 3]
 
 
+DYNAMIC = {"distribution": "uniform", "sample_num": 1, "dynamic": True, "candidate_num": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "ahead"),
+    [
+        ("Mamba4Rec", {}, True),
+        ("Mamba4Rec", {"train_mode": "prefix", "loss_type": "BPR"}, True),
+        ("Mamba4Rec", {"train_mode": "prefix", "loss_type": "BPR", "train_neg_sample_args": DYNAMIC}, False),
+        ("SASRec", {"train_mode": "sequence"}, True),
+        ("SASRec", {"train_mode": "prefix"}, False),
+    ],
+)
+def test_no_thread_makes_batches_that_the_model_itself_scores(name, settings, ahead):
+    config, model, _ = build(name, **settings)
+    assert SequenceTrainer(config, model)._can_make_ahead() == ahead
+
+
 def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_asked_for():
     def prepare(batch):
         if batch == 2:

@@ -16,6 +16,7 @@ from recbole_ssm import checkpoint as checkpoint_module
 from recbole_ssm.checkpoint import load_checkpoint, save_checkpoint, set_random_state
 from recbole_ssm.cli.run_recbole import main
 from recbole_ssm.quick_start import config_of, evaluate, train_and_test
+from recbole_ssm.trainer import SequenceTrainer
 
 from .conftest import Trap, random_rows, small_config, write_dataset
 
@@ -134,6 +135,30 @@ def test_what_is_resumed_is_checked_first(change, checkpoint):
         resume(changed(checkpoint, change))
     assert "\n" not in str(error.value)
     assert "cannot be used as it is" not in str(error.value), "which is said of what nobody has thought of"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "failure", "raised", "sentence"),
+    [
+        (1, AttributeError("of nobody's"), UserError, "saved.*cannot be used as it is .*--state=DEBUG shows where"),
+        (1, torch.OutOfMemoryError("CUDA out of memory"), UserError, "saved.*takes more memory than there is"),
+        (2, AttributeError("of nobody's"), AttributeError, "of nobody's"),
+        (2, torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_a_file_is_blamed_until_an_epoch_has_been_trained_by_it(
+    epoch, failure, raised, sentence, checkpoint, monkeypatch
+):
+    optimize = SequenceTrainer._optimize
+
+    def failing(self, train_data, epoch_idx, *others):
+        if epoch_idx == epoch:
+            raise failure
+        return optimize(self, train_data, epoch_idx, *others)
+
+    monkeypatch.setattr(SequenceTrainer, "_optimize", failing)
+    with pytest.raises(raised, match=sentence):
+        train_and_test(config_of(checkpoint, {"epochs": 3}), resume_file=checkpoint)
 
 
 def test_numpys_generator_reads_no_memory_but_its_own():

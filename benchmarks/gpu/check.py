@@ -68,13 +68,13 @@ def stages(about: Row) -> Iterator[tuple[list[Lane], int]]:
 def op_cases(about: Row) -> list[Row]:
     """Each op at each size, backend, dtype and form."""
     device = torch.device(about["device"])
-    plain = list(dict.fromkeys(need for model in MODELS for need in _needs(model, {})))
+    plain = [need for model in MODELS for need in _needs(model, {})]
     if about["quick"]:
-        plain = [need for need in _needs("STARRec", SMALL) if need[0] in QUICK_OPS]
+        plain = [need for need in _needs("STARRec", SMALL) if need.op in QUICK_OPS]
     wide = [] if about["quick"] else [need for size in WIDE for need in _needs("STARRec", {"hidden_size": size})]
     found = []
-    for op, sizes in dict.fromkeys([*plain, *wide]):
-        forms = ["plain"] + (["filled", "states"] if (op, sizes) in plain else [])
+    for op, sizes in dict.fromkeys(need[:2] for need in [*plain, *wide]):
+        forms = ["plain"] + (["filled", "states"] if (op, sizes) in {need[:2] for need in plain} else [])
         for backend in (b for b in BACKENDS[2:] if not why_not(op, b, probe(device))):
             for dtype in PRECISIONS:
                 for form in [*forms, *(["tf32"] if op in OF_PRODUCTS and dtype == "float32" else [])]:

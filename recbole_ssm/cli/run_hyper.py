@@ -84,10 +84,8 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
             raise UserError("--resume goes on with a search as it was started: leave all but --address and files out.")
         results = resume(args.resume, args.address)
     else:
-        if args.tool == "Hyperopt":
-            options["algorithm"] = "grid"
-        if options.get("algorithm") == "grid":
-            options.setdefault("num_samples", 1)
+        if args.tool == "Hyperopt" and options.setdefault("algorithm", "grid") != "grid":
+            raise UserError(f"--tool=Hyperopt is an exhaustive search: leave --search_alg={args.algorithm} out.")
         files = args.config_files.split() if args.config_files else None
         model, dataset = model_and_dataset(args, files)
         results = tune(model, dataset, files, settings, space=args.params_file, address=args.address, **options)

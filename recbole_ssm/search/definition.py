@@ -29,7 +29,8 @@ class Search:
         bigger: whether a larger validation score is better.
         scheduler: what stops trials early, one of :data:`SCHEDULERS`.
         algorithm: what proposes values, one of :data:`ALGORITHMS`.
-        num_samples: number of trials; with ``grid``, how many times to try the whole grid.
+        num_samples: number of trials, 10 where absent; with ``grid``, how many times to try the whole grid, 1 where
+            absent.
         max_concurrent: most trials at a time; as many as there is room for where absent.
         cpus_per_trial: cores of a trial.
         gpus_per_trial: GPUs of a trial, or a part of one.
@@ -42,7 +43,7 @@ class Search:
     bigger: bool = True
     scheduler: str = "asha"
     algorithm: str = "random"
-    num_samples: int = 10
+    num_samples: int | None = None
     max_concurrent: int | None = None
     cpus_per_trial: float = 1
     gpus_per_trial: float = 0
@@ -56,8 +57,13 @@ class Search:
         ):
             if value not in choices:
                 raise UserError(f"there is no {name} {value!r}: choose one of {', '.join(choices)}.")
-        if self.num_samples < 1:
-            raise UserError(f"num_samples is {self.num_samples}: at least one trial is needed.")
+        if self.num_samples is None:
+            object.__setattr__(self, "num_samples", 1 if self.algorithm == "grid" else 10)
+        for name in ("num_samples", "max_concurrent", "cpus_per_trial", "time_budget"):
+            if (number := getattr(self, name)) is not None and not number > 0:
+                raise UserError(f"{name} is {number}: give a number above 0.")
+        if not self.gpus_per_trial >= 0:
+            raise UserError(f"gpus_per_trial is {self.gpus_per_trial}: give 0 or a number above it.")
         endless = [name for name, parameter in self.parameters().items() if parameter.grid() is None]
         if self.algorithm == "grid" and endless:
             raise UserError(f"a grid needs values to choose from, which {', '.join(endless)} has not: write choice.")
@@ -86,6 +92,7 @@ class Search:
     def trial_count(self) -> int:
         """Number of trials."""
         grids = [parameter.grid() or [] for parameter in self.parameters().values()]
+        assert self.num_samples is not None
         return self.num_samples * (math.prod(map(len, grids)) if self.algorithm == "grid" else 1)
 
     def chosen(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from recbole_ssm import UserError, run_recbole
+from recbole_ssm.cli.run_hyper import main
 from recbole_ssm.data import create_dataset
 from recbole_ssm.distributed.ray_cluster import start_ray
 from recbole_ssm.search import Search, tune
@@ -55,7 +56,7 @@ def test_a_search_ends_with_its_best_and_names_what_failed(local_ray, capsys, mo
 
     monkeypatch.setattr("recbole_ssm.search.tuner.create_dataset", load_once)
     space = {"learning_rate": [1e-4, 0.03], "dropout_prob": [0.1, 7.0]}
-    results = tune("STARRec", "markov", None, settings(), space=space, algorithm="grid", num_samples=1, name="one")
+    results = tune("STARRec", "markov", None, settings(), space=space, algorithm="grid", name="one")
     from recbole_ssm.search.report import write_report
 
     shutil.copytree("elsewhere", "dataset")
@@ -96,7 +97,7 @@ def test_a_killed_trial_is_named_and_the_search_goes_on(local_ray):
     killer.start()
     space = {"learning_rate": [0.001, 0.01]}
     results = tune("Mamba4Rec", "markov", None, settings("Mamba4Rec", epochs=20), space=space, algorithm="grid",
-                   num_samples=1, scheduler="none", name="two")  # fmt: skip
+                   scheduler="none", name="two")  # fmt: skip
     killer.join()
     from recbole_ssm.search.report import trials
 
@@ -148,12 +149,26 @@ def test_a_search_that_was_killed_goes_on_and_loses_nothing():
         ({"space": {"learning_rat": [1]}}, r"no setting 'learning_rat' to search, did you mean 'learning_rate'"),
         ({"scheduler": "asah", "space": {"learning_rate": [1]}}, r"no scheduler 'asah': choose one of asha"),
         ({"algorithm": "grid", "space": {"learning_rate": {"type": "uniform", "low": 0, "high": 1}}}, r"write choice"),
-        ({"num_samples": 0, "space": {"learning_rate": [1]}}, r"at least one trial"),
+        ({"num_samples": 0, "space": {"learning_rate": [1]}}, r"num_samples is 0: give a number above 0"),
+        ({"cpus_per_trial": -1, "space": {"learning_rate": [1]}}, r"cpus_per_trial is -1: give a number above 0"),
+        ({"gpus_per_trial": -1, "space": {"learning_rate": [1]}}, r"gpus_per_trial is -1: give 0 or a number"),
     ],
 )
 def test_what_cannot_be_searched_is_said_before_anything_runs(given, message):
     with pytest.raises(UserError, match=message):
         tune("STARRec", "markov", None, settings(), **given)
+
+
+def test_a_grid_is_tried_once():
+    space = {"learning_rate": [0.1, 0.2], "dropout_prob": [0.1, 0.2]}
+    assert [Search({}, space, algorithm=one).trial_count() for one in ("grid", "random")] == [4, 10]
+    assert Search({}, space, algorithm="grid", num_samples=3).trial_count() == 12
+
+
+def test_recboles_exhaustive_search_has_no_other_algorithm(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_hyper", "--tool=Hyperopt", "--search_alg=optuna"])
+    assert main() == 2
+    assert "leave --search_alg=optuna out" in capsys.readouterr().err
 
 
 def test_a_ray_that_others_could_reach_is_not_started(monkeypatch):
@@ -182,7 +197,7 @@ def test_two_nodes_share_the_trials_of_a_search():
         cluster.add_node(num_cpus=1)
         results = tune(
             "Mamba4Rec", "markov", None, settings("Mamba4Rec"), space={"learning_rate": [0.001, 0.01]}, name="four",
-            algorithm="grid", num_samples=1, scheduler="none", address=cluster.address,
+            algorithm="grid", scheduler="none", address=cluster.address,
         )  # fmt: skip
         assert len({result.metrics["node"] for result in results}) == 2
         assert all(result.metrics["ended"] for result in results)
