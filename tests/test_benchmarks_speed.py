@@ -72,6 +72,8 @@ def test_training(monkeypatch, quick_search):
 def test_models(monkeypatch):
     monkeypatch.setattr(models, "SECONDS_A_ROUND", 0.01)
     monkeypatch.setattr(models, "CONTENDERS", {name: models.CONTENDERS[name] for name in ("Mamba4Rec", "BSARec")})
+    # A setting that one of CONTENDERS varies gives way to it.
+    monkeypatch.setitem(models.CONTENDERS, "BSARec", ("BSARec", {"eval_batch_size": 32}))
     found = run(monkeypatch, "--parts", "models", "--model_datasets", "tiny", settings=("eval_batch_size=64",))
     rows = {row["contender"]: row for row in found["parts"]["models"]["rows"]}
     assert list(rows) == ["Mamba4Rec", "BSARec"]

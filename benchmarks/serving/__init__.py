@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     earlier = json.loads(output.read_text()) if output.exists() else {}
     parts = earlier.get("parts", {}) if earlier.get("environment", {}).get("versions") == about["versions"] else {}
     for name in arguments.parts:
-        parts[name] = {"commit": about["commit"], "device": about["device"], **PARTS[name](arguments)}
+        parts[name] = {key: about[key] for key in ("commit", "date", "device")} | PARTS[name](arguments)
     found = {"environment": about, "parts": {name: parts[name] for name in PARTS if name in parts}}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found, indent=1) + "\n")
@@ -65,7 +65,11 @@ def _tables(found: dict[str, Any]) -> str:
     lines = [f"### Serving on {about['device']}", "", f"{versions(about)}. `python -m benchmarks serving`."]
     for part in found["parts"].values():
         heads = list(part["rows"][0])
-        lines += ["", f"#### {part['title']}", "", f"Commit {part['commit']}, {about['date']}. {part['settings']}.", ""]
+        elsewhere = (
+            f", on {part['device']}" if part["device"] != about["device"] else ""
+        )  # parts can be of several runs
+        when = f"Commit {part['commit']}, {part['date']}{elsewhere}"
+        lines += ["", f"#### {part['title']}", "", f"{when}. {part['settings']}.", ""]
         lines += [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
         lines += [f"| {' | '.join(map(str, row.values()))} |" for row in part["rows"]]
         lines += ["", *(f"- {key}: {text}." for key, text in part["protocol"].items())]

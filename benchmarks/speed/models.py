@@ -34,7 +34,7 @@ def measure(arguments: argparse.Namespace, earlier: dict[str, Any]) -> Iterator[
         own = argparse.Namespace(**{**vars(arguments), "dataset": dataset})
         fixed = {"MAX_ITEM_LIST_LENGTH": LONGEST.get(dataset, LONGEST_ELSEWHERE)} | arguments.settings
         steps = {
-            name: Steps(contender(own, model, defaults={}, **fixed, **settings))
+            name: Steps(contender(own, model, defaults={}, **(fixed | settings)))
             for name, (model, settings) in CONTENDERS.items()
         }
         for step in steps.values():

@@ -112,7 +112,8 @@ def _lines(file: str) -> list[str]:
     from recbole_ssm.errors import UserError
 
     try:
-        return [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line]
+        # As in data: an id may hold what splitlines() cuts at, too.
+        return [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line]
     except (OSError, UnicodeError) as error:
         raise UserError(f"{file} cannot be read ({error}): give a file of items, one a line.") from error
 

@@ -211,7 +211,7 @@ class SequenceDataset(AtomicFiles, SequentialDataset):
         if value_field is not None:
             raise NotImplementedError("inter_matrix of a SequenceDataset has no value_field")
         target = self.inter_feat[self.TARGET_POSITION]
-        opening = self.inter_feat[self.item_list_length_field] == 1
+        opening = self.user_start[target] == target - 1
         users = torch.cat([self.inter_feat[self.uid_field], self.inter_feat[self.uid_field][opening]])
         items = torch.cat([self.sorted_items[target], self.sorted_items[target[opening] - 1]])
         matrix = coo_matrix((np.ones(len(users)), (users, items)), shape=(self.user_num, self.item_num))

@@ -82,7 +82,7 @@ class Common(Strict):
         allowed="a dict such as {'distribution': 'uniform', 'sample_num': 1}, or ~ for none",
     )  # fmt: skip
     eval_step: Count = setting(1, "Epochs from one evaluation on the validation set to the next; 0 for none.")
-    stopping_step: Count = setting(10, "Evaluations without a better one after which training stops.")
+    stopping_step: Count = setting(10, "Evaluations in a row that may be worse than the best; one more ends training.")
     clip_grad_norm: ClipGradNorm | None = setting(
         None, "Arguments of torch's clip_grad_norm_.", allowed="a dict such as {'max_norm': 5}, or ~ for none"
     )

@@ -42,6 +42,15 @@ def test_rows_are_those_of_recbole(order, eval_args, max_length):
         assert (mine.inter_matrix().toarray() == recbole.inter_matrix().toarray()).all()
 
 
+def test_each_interaction_is_counted_once_however_short_histories_are_cut():
+    write_dataset("tiny", random_rows())
+    counted = [
+        create_dataset(small_config("Mamba4Rec", MAX_ITEM_LIST_LENGTH=length)).build()[0].inter_matrix().toarray()
+        for length in (1, 50)
+    ]
+    assert (counted[0] == counted[1]).all()
+
+
 def tokens_in_order(config, user="u"):
     dataset = create_dataset(config)
     dataset.build()

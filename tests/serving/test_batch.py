@@ -303,6 +303,11 @@ def test_a_model_without_inner_products_has_no_index():
         )
 
 
+def test_candidates_are_read_as_ids_of_data_are():
+    Path("candidates.txt").write_text("i\u2028 1\n\ni\x85\x0b2\n", encoding="utf-8")
+    assert run_recommend._lines("candidates.txt") == ["i\u2028 1", "i\x85\x0b2"]
+
+
 def test_the_commands_words(checkpoint, monkeypatch, capsys):
     source = written(interactions(60), "csv")
     Path("candidates.txt").write_text("i4\ni7\n\nnothing\n")
