@@ -139,6 +139,7 @@ class SequenceBatch:
             buffer=None,
         )
 
+    @torch.inference_mode(False)  # as in :meth:`to`
     def split(self, windows: list[int]) -> list["SequenceBatch"]:
         """Cut a batch of ``last`` targets into batches of so many windows each."""
         if len(windows) == 1:
@@ -191,6 +192,7 @@ class SequenceBatch:
         know(batch.cu_seqlens, Borders(known.lengths, buffer.device, views, known.room))
         return batch
 
+    @torch.inference_mode(False)  # or nothing is kept of the borders, and each op reads them back from the device
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The same batch on another device, by one copy for which the host does not wait."""
         device, here = torch.device(device), self.items.device

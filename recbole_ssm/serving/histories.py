@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recbole_ssm.data.context import beside, reads_request, time_columns
 from recbole_ssm.errors import UserError
-from recbole_ssm.ops.packing import cu_seqlens_from_lengths
+from recbole_ssm.ops.packing import Borders, cu_seqlens_from_lengths, know
 from recbole_ssm.serving.vocabulary import Vocabulary
 
 ASK_WITH_TIME = "this model reads the time at which it is asked (it was trained with request_time: known): give it."
@@ -89,9 +89,13 @@ class Histories:
         kept[np.cumsum(self.lengths)[self.lengths > 0] - 1] = False
         return Histories(self.items[kept], np.maximum(0, self.lengths - 1), *self._of_items(kept))
 
-    def cu_seqlens(self) -> Tensor:
+    @torch.inference_mode(False)  # or nothing is kept of it
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor:
         """Borders, int32 ``[N+1]``."""
-        return cu_seqlens_from_lengths(torch.from_numpy(self.lengths))
+        lengths = torch.from_numpy(self.lengths)
+        found = cu_seqlens_from_lengths(lengths).to(device)
+        know(found, Borders(lengths, found.device))
+        return found
 
     def inputs(self) -> Tensor:
         """What a model's ``encode`` takes: ids ``[T]``, or with columns ``[T, 1 + C]``."""

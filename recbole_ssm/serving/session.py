@@ -292,7 +292,7 @@ class Sessions:
     @torch.inference_mode()
     def _prefilled(self, histories: Histories) -> list[dict[str, Tensor]]:
         model, device = self.recommender.model, self.recommender.device
-        cu_seqlens = histories.cu_seqlens().to(device)
+        cu_seqlens = histories.cu_seqlens(device)
         hidden, carried = model.prefill(histories.inputs().to(device), cu_seqlens)
         last = hidden.index_select(0, cu_seqlens[1:].long() - 1)
         return _each({**carried, HIDDEN: model.read_out(last)}, len(histories))

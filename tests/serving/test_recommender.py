@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recbole_ssm import UserError
+from recbole_ssm.ops.packing import Borders
 from recbole_ssm.quick_start import load_data_and_model, train_and_test
 from recbole_ssm.serving import Recommender, top_items
 from recbole_ssm.serving.batch import set_threads
@@ -61,6 +62,22 @@ def test_threads_get_the_answers_of_one(name):
     assert [found.items for found in together] == [found.items for found in alone]
     for found, wanted in zip(together, alone, strict=True):
         np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["STARRec", "Mamba4Rec", "SSD4Rec", "BSARec"])
+def test_lengths_that_are_known_are_not_read_from_a_device(name, monkeypatch):
+    """In ``torch.inference_mode``, too, for which a GPU would be waited for by each op."""
+    served = recommender(name)
+    served.recommend(HISTORIES, 3)  # with what a model keeps for good
+    read = Borders.read
+    calls = []
+    monkeypatch.setattr(Borders, "read", lambda cu_seqlens: calls.append(cu_seqlens) or read(cu_seqlens))
+    served.recommend(HISTORIES, 3)
+    session = served.session()
+    for item in HISTORIES[0]:
+        session.append(item)
+    session.recommend(3)
+    assert not calls
 
 
 def test_a_model_without_repeats_never_recommends_what_a_history_holds():
