@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
+from recbole_ssm.layers.causal_conv import CausalConv1d
+from recbole_ssm.ops import selective_scan, selective_scan_last
 from recbole_ssm.ops.packing import select_rows, single_rows
 
 
@@ -65,8 +66,7 @@ class Mamba(nn.Module):
         d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        # Its parameters are a depthwise filter [d_inner, 1, d_conv], kept in nn.Conv1d for its initialisation.
-        self.conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.conv = CausalConv1d(d_inner, d_conv, backend)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
@@ -100,13 +100,13 @@ class Mamba(nn.Module):
         if not last and (self.backend == "triton" or not x.is_cpu):
             # Kernels take skip and gate as they go: fewer launches count more there than rows that nobody reads.
             x, z = F.linear(x, self.in_proj.weight).chunk(2, -1)
-            x = self._convolve(x, cu_seqlens)
+            x = self.conv.packed(x, cu_seqlens)
             dt, B, C = F.linear(x, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             y = selective_scan(x, F.linear(dt, self.dt_proj.weight), A, B, C, self.D, z, **settings)
             return self.out_proj(select_rows(y, read))
         into_scan, into_gate = self.in_proj.weight.chunk(2)
         z = F.linear(select_rows(x, read), into_gate)
-        x = self._convolve(F.linear(x, into_scan), cu_seqlens)
+        x = self.conv.packed(F.linear(x, into_scan), cu_seqlens)
         into_steps, into_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
         dt, B = F.linear(x, into_steps).split([self.dt_rank, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
@@ -121,9 +121,8 @@ class Mamba(nn.Module):
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
         """What :meth:`carry` starts ``count`` sequences with: all zeros."""
-        d_inner, taps = len(self.conv.weight), self.conv.weight.shape[2]
-        new = self.D.new_zeros
-        return {"conv": new(count, d_inner, taps - 1), "ssm": new(count, d_inner, self.d_state)}
+        ssm = self.D.new_zeros(count, len(self.D), self.d_state)
+        return {"conv": self.conv.initial_state(count), "ssm": ssm}
 
     def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """More rows of each sequence, after those that ``state`` has seen; for inference.
@@ -137,17 +136,12 @@ class Mamba(nn.Module):
             ``[T, d_model]`` and the state after these rows.
         """
         cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
-        settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True, "backend": self.backend}
         x, z = self.in_proj(x).chunk(2, -1)
-        weight = self.conv.weight.flatten(1)
-        x, conv = causal_conv(x, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
+        x, conv = self.conv.carry(x, cu_seqlens, state["conv"])
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, ssm = selective_scan(
             x, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C,
-            dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=state["ssm"], **settings,
+            dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=state["ssm"], return_final_state=True,
+            cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self.out_proj((y + self.D * x) * F.silu(z)), {"conv": conv, "ssm": ssm}
-
-    def _convolve(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        weight = self.conv.weight.flatten(1)
-        return causal_conv(x, weight, self.conv.bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_ssm.layers.causal_conv import CausalConv1d
 from recbole_ssm.layers.mamba import initial_step_sizes, inverse_softplus, keep_from_weight_decay
 from recbole_ssm.ops import causal_conv, ssd, ssd_last
 from recbole_ssm.ops.packing import positions, select_rows, sequence_ids, single_rows
@@ -35,7 +36,7 @@ class Mamba2(nn.Module):
         heads = self.d_inner // headdim
         d_conv_in = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + d_conv_in + heads, bias=False)
-        self.conv = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in)
+        self.conv = CausalConv1d(d_conv_in, d_conv, backend)
         self.dt_bias = nn.Parameter(inverse_softplus(initial_step_sizes(heads)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
@@ -81,7 +82,7 @@ class Mamba2(nn.Module):
             z = F.linear(x.index_select(0, read if order is None else order.index_select(0, read)), into_gate)
             xBC, dt = select_rows(F.linear(x, into_scan), order).split(self._widths, dim=-1)
         dt = _scaled(dt, step_scale)
-        x, B, C = self._split(self._convolve(xBC, self.conv.weight.squeeze(1), self.conv.bias, cu_seqlens))
+        x, B, C = self._split(self.conv.packed(xBC, cu_seqlens))
         settings: dict[str, Any] = {
             "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "cu_seqlens": cu_seqlens,
             "backend": self.backend,
@@ -92,9 +93,8 @@ class Mamba2(nn.Module):
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
         """What :meth:`carry` starts ``count`` sequences with: all zeros."""
-        width, _, taps = self.conv.weight.shape
-        new = self.D.new_zeros
-        return {"conv": new(count, width, taps - 1), "ssm": new(count, len(self.D), self.headdim, self.d_state)}
+        ssm = self.D.new_zeros(count, len(self.D), self.headdim, self.d_state)
+        return {"conv": self.conv.initial_state(count), "ssm": ssm}
 
     def carry(
         self,
@@ -108,14 +108,13 @@ class Mamba2(nn.Module):
         The state is ``conv [S, H P + 2 N, d_conv-1]`` and ``ssm [S, H, P, N]``.
         """
         cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
-        settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True, "backend": self.backend}
         z, xBC, dt = self.in_proj(x).split([self.d_inner, *self._widths], dim=-1)
-        weight = self.conv.weight.squeeze(1)
-        xBC, conv = causal_conv(xBC, weight, self.conv.bias, "silu", initial_state=state["conv"], **settings)
+        xBC, conv = self.conv.carry(xBC, cu_seqlens, state["conv"])
         x, B, C = self._split(xBC)
         y, ssm = ssd(
             x, _scaled(dt, step_scale), self._rates(), B[:, None], C[:, None], D=self.D, dt_bias=self.dt_bias,
-            dt_softplus=True, initial_state=state["ssm"], **settings,
+            dt_softplus=True, initial_state=state["ssm"], return_final_state=True, cu_seqlens=cu_seqlens,
+            backend=self.backend,
         )  # fmt: skip
         return self.out_proj(self._gate(y, z)), {"conv": conv, "ssm": ssm}
 
@@ -170,9 +169,6 @@ class Mamba2(nn.Module):
         """Of what is projected beside the gate: to be convolved, ``H P + 2 N``, and the raw step sizes, ``H``."""
         return [self.d_inner + 2 * self.d_state, len(self.D)]
 
-    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-        return causal_conv(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens, backend=self.backend)
-
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[..., H P + 2 N]`` to ``x [..., H, P]``, ``B [..., N]`` and ``C [..., N]``."""
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
@@ -195,8 +191,12 @@ class Mamba2(nn.Module):
         taps = filters.shape[1]
         # In a causal convolution's order, the o-th [D, K] of them: K-1-o zeros, then the last o+1 columns, reversed.
         filters = F.pad(filters.flip(1), (taps - 1, 0)).unfold(1, taps, 1).transpose(0, 1)
-        bias = None if self.conv.bias is None else self.conv.bias.repeat(taps)
-        return self._convolve(xBC.repeat(1, taps), filters.flatten(0, 1), bias, cu_seqlens).unflatten(-1, (taps, -1))
+        assert self.conv.bias is not None
+        seen = causal_conv(
+            xBC.repeat(1, taps), filters.flatten(0, 1), self.conv.bias.repeat(taps), "silu", cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )  # fmt: skip
+        return seen.unflatten(-1, (taps, -1))
 
     def _weights_from_first(self, dt: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
         """``dt_j prod_{i<j} exp(dt_i A)``, the product over the items before ``j`` in its sequence: ``[T, H]``.

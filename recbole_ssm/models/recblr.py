@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward
+from recbole_ssm.layers.causal_conv import CausalConv1d
 from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
 from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
-from recbole_ssm.ops import causal_conv, selective_scan, selective_scan_last
+from recbole_ssm.ops import selective_scan, selective_scan_last
 from recbole_ssm.ops.decaying_scan import scan_arguments_of
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
@@ -45,8 +46,7 @@ class GatedRecurrence(nn.Module):
         super().__init__()
         units, self.backend = expand * hidden_size, backend
         self.in_proj = nn.Linear(hidden_size, 2 * units, bias=False)
-        # Its parameters are a depthwise filter [units, 1, d_conv], kept in nn.Conv1d for its initialisation.
-        self.conv = nn.Conv1d(units, units, d_conv, groups=units)
+        self.conv = CausalConv1d(units, d_conv, backend)
         self.gates = nn.Linear(units, 2 * units)
         # With r = 1, alpha is 0.9 in the first unit and 0.999 in the last.
         first, last = inverse_softplus(-torch.tensor([0.9, 0.999]).log()).tolist()
@@ -58,9 +58,8 @@ class GatedRecurrence(nn.Module):
         """See :meth:`recbole_ssm.layers.Mamba.forward`."""
         into_units, into_gate = self.in_proj.weight.chunk(2)
         z = F.linear(select_rows(x, read), into_gate)
+        u = self.conv.packed(F.linear(x, into_units), cu_seqlens)
         settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
-        weight, bias = self.conv.weight.flatten(1), self.conv.bias
-        u = causal_conv(F.linear(x, into_units), weight, bias, "silu", **settings)
         if last:
             x, dt, A, one = scan_arguments_of(*self.gated(u))
             h = selective_scan_last(x, dt, A, one, one.new_ones(len(z), 1), **settings)
@@ -70,8 +69,8 @@ class GatedRecurrence(nn.Module):
 
     def initial_state(self, count: int) -> dict[str, Tensor]:
         """What :meth:`carry` starts ``count`` sequences with: all zeros."""
-        units, _, taps = self.conv.weight.shape
-        return {"conv": self.Lambda.new_zeros(count, units, taps - 1), "h": self.Lambda.new_zeros(count, units, 1)}
+        h = self.Lambda.new_zeros(count, len(self.Lambda), 1)
+        return {"conv": self.conv.initial_state(count), "h": h}
 
     def carry(self, x: Tensor, cu_seqlens: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`recbole_ssm.layers.Mamba.carry`.
@@ -81,8 +80,7 @@ class GatedRecurrence(nn.Module):
         cu_seqlens = single_rows(len(x), x.device) if cu_seqlens is None else cu_seqlens
         settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True, "backend": self.backend}
         u, z = self.in_proj(x).chunk(2, -1)
-        weight, bias = self.conv.weight.flatten(1), self.conv.bias
-        u, conv = causal_conv(u, weight, bias, "silu", initial_state=state["conv"], **settings)
+        u, conv = self.conv.carry(u, cu_seqlens, state["conv"])
         h, after = self._scan(u, initial_state=state["h"], **settings)
         return self.out_proj(h.to(z.dtype) * F.silu(z)), {"conv": conv, "h": after}
 

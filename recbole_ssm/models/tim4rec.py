@@ -13,8 +13,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, Mamba2
+from recbole_ssm.layers.causal_conv import CausalConv1d
 from recbole_ssm.models.base import CarryingRecommender, by_layer, init_weights, of_layers
-from recbole_ssm.ops import causal_conv
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, ModelSettings, divides, setting
@@ -73,11 +73,10 @@ class TimeScale(nn.Module):
 
     def __init__(self, heads: int, d_conv: int, dropout_prob: float, passes_on: bool, backend: str = "auto"):
         super().__init__()
-        self.backend = backend
         self.own = nn.Sequential(
             nn.Dropout(dropout_prob), nn.Linear(heads, heads), nn.SiLU(), nn.Linear(heads, heads)
         )  # fmt: skip
-        self.convs = nn.ModuleList(nn.Conv1d(heads, heads, d_conv, groups=heads) for _ in range(2))
+        self.convs = nn.ModuleList(CausalConv1d(heads, d_conv, backend) for _ in range(2))
         self.gate = nn.Sequential(nn.Dropout(dropout_prob), nn.Linear(heads, 1), nn.Sigmoid()) if passes_on else None
         self.norm = nn.LayerNorm(heads, eps=1e-12) if passes_on else None
 
@@ -99,12 +98,10 @@ class TimeScale(nn.Module):
         scale, after = time * self.own(time), {}
         convs: Any = self.convs
         for i, conv in enumerate(convs):
-            settings: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
-            if state is not None:
-                settings |= {"initial_state": state[f"conv{i}"], "return_final_state": True}
-            scale = causal_conv(scale, conv.weight.squeeze(1), conv.bias, "silu", **settings)
-            if state is not None:
-                scale, after[f"conv{i}"] = scale
+            if state is None:
+                scale = conv.packed(scale, cu_seqlens)
+            else:
+                scale, after[f"conv{i}"] = conv.carry(scale, cu_seqlens, state[f"conv{i}"])
         if self.gate is not None and self.norm is not None:
             gate = self.gate(time)
             time = self.norm(gate * time + (1 - gate) * scale)
@@ -113,10 +110,7 @@ class TimeScale(nn.Module):
     def initial_state(self, count: int) -> dict[str, Tensor]:
         """What :meth:`forward` starts ``count`` sequences with: all zeros."""
         convs: Any = self.convs
-        return {
-            f"conv{i}": conv.weight.new_zeros(count, len(conv.weight), conv.weight.shape[2] - 1)
-            for i, conv in enumerate(convs)
-        }
+        return {f"conv{i}": conv.initial_state(count) for i, conv in enumerate(convs)}
 
 
 class TimeAwareSSDLayer(nn.Module):
