@@ -1,8 +1,6 @@
 """What all models share: batches in, losses and scores out. A model itself only encodes sequences."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,6 @@ from recbole_ssm.ops.packing import borders
 # backward pass; of larger batches they are computed again, a block at a time.
 ITEMS_PER_BLOCK = {"cpu": 1 << 13, "cuda": 1 << 17}
 ITEMS_KEPT = {"cpu": 1 << 15, "cuda": 1 << 18}
-
-# A live session carries at most so many events' keys and values (at width 64 some 3 MB a layer), which each event
-# copies: what attends to more reads the latest events anew.
-MOST_CARRIED = 1 << 12
 
 
 class PackedRecommender(SequentialRecommender):
@@ -360,39 +354,6 @@ def _embedding_of(column: str) -> str:
     return column.replace("gap_bucket", "time_gap") + "_embedding"
 
 
-class CarryingRecommender(PackedRecommender):
-    """A model that steps by its layers alone: the state of a history is what each of them carries.
-
-    A subclass implements :meth:`carrying` and :meth:`carry`.
-    """
-
-    steps = True
-
-    def carrying(self) -> list[Any]:
-        """The layers, each with ``initial_state`` and ``carry`` (:meth:`recbole_ssm.layers.Mamba.carry`)."""
-        raise NotImplementedError
-
-    def carry(
-        self, items: Tensor, cu_seqlens: Tensor | None, states: list[dict[str, Tensor]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states of more items of each sequence, and the model's state after them (:func:`of_layers`).
-
-        Args:
-            items: see :meth:`PackedRecommender.encode`.
-            cu_seqlens: their borders; one item of each sequence where absent.
-            states: of each layer, before these items.
-        """
-        raise NotImplementedError
-
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
-        return self.carry(items, cu_seqlens, [layer.initial_state(len(cu_seqlens) - 1) for layer in self.carrying()])
-
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        return self.carry(items, None, [by_layer(state, i) for i in range(len(self.carrying()))])
-
-
 def init_weights(module: nn.Module) -> None:
     """RecBole's initialisation of linear and embedding layers: normal with standard deviation 0.02, no bias."""
     if isinstance(module, nn.Linear | nn.Embedding):
@@ -402,14 +363,3 @@ def init_weights(module: nn.Module) -> None:
     # A Mamba block's step sizes start where its paper puts them; Module.apply visits children before their parent.
     if isinstance(module, Mamba):
         module.reset_parameters()
-
-
-def by_layer(state: dict[str, Tensor], layer: int | str) -> dict[str, Tensor]:
-    """What a layer keeps of a model's state, whose names begin with the layer's."""
-    prefix = f"{layer}."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def of_layers(states: Mapping[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A model's state of its layers', the inverse of :func:`by_layer`."""
-    return {f"{layer}.{name}": value for layer, state in states.items() for name, value in state.items()}

@@ -4,15 +4,13 @@ SASRec's training, the next item at every position, with the layers of LiGR (arX
 docs/models.md gives the equations and says where this differs from the authors' code.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from recbole_ssm.models.base import MOST_CARRIED, PackedRecommender, by_layer, of_layers
 from recbole_ssm.models.sequence_mode import PLACES_PER_BLOCK
+from recbole_ssm.models.stepping import MOST_CARRIED, AttendingRecommender
 from recbole_ssm.ops.packing import (
     block_rows,
     borders,
@@ -200,7 +198,7 @@ class eSASRecSettings(ModelSettings):
 
 
 @register_model(eSASRecSettings)
-class eSASRec(PackedRecommender):
+class eSASRec(AttendingRecommender):
     """LiGR layers over item and position embeddings."""
 
     def __init__(self, config, dataset):
@@ -218,31 +216,11 @@ class eSASRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        hidden = self._input(items, positions(cu_seqlens))
+        (hidden,) = self.start(items, positions(cu_seqlens))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens)
         return self.layers[-1](hidden, cu_seqlens, read, last)
 
-    def _input(self, items: Tensor, position: Tensor) -> Tensor:
-        # Past the maximum length, where a session without an end goes on, positions stay at the last.
-        position = position.clamp_max(self.max_seq_length - 1)
-        return self.dropout(self.embed(items) + self.position_embedding(position))
-
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
-        hidden = self._input(items, positions(cu_seqlens))
-        states: dict[int, dict[str, Tensor]] = {}
-        layers: Any = self.layers
-        for i, layer in enumerate(layers):
-            hidden, states[i] = layer.prefill(hidden, cu_seqlens, self.max_seq_length)
-        return hidden, {"position": sequence_lengths(cu_seqlens), **of_layers(states)}
-
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        position = state["position"]
-        hidden = self._input(items, position)
-        states: dict[int, dict[str, Tensor]] = {}
-        layers: Any = self.layers
-        for i, layer in enumerate(layers):
-            hidden, states[i] = layer.step(hidden, position, by_layer(state, i))
-        return hidden, {"position": position + 1, **of_layers(states)}
+    def start(self, items: Tensor, position: Tensor) -> tuple[Tensor]:
+        """See :meth:`AttendingRecommender.start`."""
+        return (self.dropout(self.embed(items) + self.position_embedding(position)),)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, MambaLayer
 from recbole_ssm.layers.blocks import BlockSettings
-from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
+from recbole_ssm.models.base import init_weights
+from recbole_ssm.models.stepping import CarryingRecommender, of_layers
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, setting
 

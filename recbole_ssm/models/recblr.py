@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from recbole_ssm.layers import FeedForward
 from recbole_ssm.layers.causal_conv import CausalConv1d
 from recbole_ssm.layers.mamba import inverse_softplus, keep_from_weight_decay
-from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
+from recbole_ssm.models.base import init_weights
+from recbole_ssm.models.stepping import CarryingRecommender, of_layers
 from recbole_ssm.ops import selective_scan, selective_scan_last
 from recbole_ssm.ops.decaying_scan import scan_arguments_of
 from recbole_ssm.ops.packing import select_rows, single_rows

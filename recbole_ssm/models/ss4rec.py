@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import MambaLayer
 from recbole_ssm.layers.mamba import initial_step_sizes, keep_from_weight_decay
-from recbole_ssm.models.base import PackedRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import PackedRecommender, init_weights
+from recbole_ssm.models.stepping import by_layer, of_layers
 from recbole_ssm.ops.packing import last_rows, positions
 from recbole_ssm.ops.rotating_scan import rotating_scan
 from recbole_ssm.registry import register_model

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import FeedForward, Mamba2
-from recbole_ssm.models.base import CarryingRecommender, init_weights, of_layers
+from recbole_ssm.models.base import init_weights
+from recbole_ssm.models.stepping import CarryingRecommender, of_layers
 from recbole_ssm.ops.both_ways import both_ways
 from recbole_ssm.ops.packing import Borders, flip_rows, know, last_rows, pad, select_rows, single_rows
 from recbole_ssm.registry import register_model

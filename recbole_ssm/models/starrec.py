@@ -17,8 +17,9 @@ from recbole_ssm.layers.blocks import BlockSettings
 from recbole_ssm.layers.feed_forward import FeedForward
 from recbole_ssm.layers.mixture_of_experts import Mixture, expert_diversity, load_balance
 from recbole_ssm.layers.moving_average import with_filter
-from recbole_ssm.models.base import MOST_CARRIED, PackedRecommender, by_layer, init_weights, of_layers
-from recbole_ssm.ops.packing import positions, select_rows, sequence_lengths
+from recbole_ssm.models.base import init_weights
+from recbole_ssm.models.stepping import MOST_CARRIED, AttendingRecommender, by_layer, of_layers
+from recbole_ssm.ops.packing import positions, select_rows
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import MOST, Cosine, LossType, divides, setting
 
@@ -230,7 +231,7 @@ class STARRecSettings(BlockSettings):
 
 
 @register_model(STARRecSettings)
-class STARRec(PackedRecommender):
+class STARRec(AttendingRecommender):
     """Attention and state-space paths, fused, then a mixture of experts.
 
     With ``moe_level: position`` the mixture stands before the paths instead, and routes each position's embedding.
@@ -265,40 +266,17 @@ class STARRec(PackedRecommender):
 
     def encode(self, items: Tensor, cu_seqlens: Tensor, read: Tensor | None = None, last: bool = False) -> Tensor:
         """See :meth:`PackedRecommender.encode`."""
-        hidden, item_embedding = self._start(items, positions(cu_seqlens))
+        hidden, item_embedding = self.start(items, positions(cu_seqlens))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, item_embedding, cu_seqlens)
         return self.layers[-1](hidden, item_embedding, cu_seqlens, read, last)
 
-    def _input(self, items: Tensor, item_embedding: Tensor, position: Tensor) -> Tensor:
-        """What the first layer reads (section 3.1.1), ``[T, d]``."""
-        hidden = item_embedding
+    def start(self, items: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer reads (section 3.1.1) and the items' embeddings, ``[T, d]`` both."""
+        hidden = item_embedding = self.item_vectors(self.ids(items))
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position)
-        return self.norm(self.dropout(self.with_times(hidden, items)))
-
-    def prefill(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.prefill`."""
-        hidden, item_embedding = self._start(items, positions(cu_seqlens).clamp_max(self.max_seq_length - 1))
-        states: dict[int, dict[str, Tensor]] = {}
-        layers: Any = self.layers
-        for i, layer in enumerate(layers):
-            hidden, states[i] = layer.prefill(hidden, item_embedding, cu_seqlens, self.max_seq_length)
-        return hidden, {"position": sequence_lengths(cu_seqlens), **of_layers(states)}
-
-    def step(self, items: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`PackedRecommender.step`."""
-        position = state["position"]
-        hidden, item_embedding = self._start(items, position.clamp_max(self.max_seq_length - 1))
-        states: dict[int, dict[str, Tensor]] = {}
-        layers: Any = self.layers
-        for i, layer in enumerate(layers):
-            hidden, states[i] = layer.step(hidden, item_embedding, position, by_layer(state, i))
-        return hidden, {"position": position + 1, **of_layers(states)}
-
-    def _start(self, items: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        item_embedding = self.item_vectors(self.ids(items))
-        hidden = self._input(items, item_embedding, position)
+        hidden = self.norm(self.dropout(self.with_times(hidden, items)))
         if self.mixture is not None and self.routes_positions:
             mixed = self.mixture(hidden)
             hidden, self._mixed = mixed.output, mixed if self.training else None

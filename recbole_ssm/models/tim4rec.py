@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import FeedForward, Mamba2
 from recbole_ssm.layers.causal_conv import CausalConv1d
-from recbole_ssm.models.base import CarryingRecommender, by_layer, init_weights, of_layers
+from recbole_ssm.models.base import init_weights
+from recbole_ssm.models.stepping import CarryingRecommender, by_layer, of_layers
 from recbole_ssm.ops.packing import select_rows, single_rows
 from recbole_ssm.registry import register_model
 from recbole_ssm.settings import LossType, ModelSettings, divides, setting

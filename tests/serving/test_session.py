@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recbole_ssm import UserError
-from recbole_ssm.models.base import MOST_CARRIED
+from recbole_ssm.models.stepping import MOST_CARRIED
 from recbole_ssm.serving import Recommender
 from recbole_ssm.serving.session import Sessions
 
