@@ -30,7 +30,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for kind in KINDS:
         recommender = _recommender(items, kind)
         begin = time.perf_counter()
-        index = ApproximateIndex(recommender, recommender.columns(), LISTS[0])
+        index = ApproximateIndex(recommender, recommender.candidate_ids(), LISTS[0])
         built = time.perf_counter() - begin
         asked = histories(USERS, EVENTS, items)
         exact = recommender.top(asked, K)[0]

@@ -19,7 +19,7 @@ class ApproximateIndex:
 
     Args:
         recommender: whose items they are.
-        columns: ids of the candidates, ascending, ``[C]``.
+        candidates: ids of the items to choose from, ascending, ``[C]``.
         lists_searched: lists searched for each history: with more, less is missed and the search takes longer.
 
     Attributes:
@@ -31,7 +31,7 @@ class ApproximateIndex:
         BackendUnavailable: where FAISS is not installed.
     """
 
-    def __init__(self, recommender: Recommender, columns: np.ndarray, lists_searched: int):
+    def __init__(self, recommender: Recommender, candidates: np.ndarray, lists_searched: int):
         if not recommender.packs:
             raise UserError(
                 f"an index needs scores that are inner products, and {recommender.config['model']} may make others: "
@@ -43,12 +43,12 @@ class ApproximateIndex:
             import faiss
         except ImportError as error:
             raise BackendUnavailable("FAISS is not installed: pip install 'recbole-ssm[faiss]'.") from error
-        self.recommender, self.columns, self.lists_searched = recommender, columns, lists_searched
+        self.recommender, self.candidates, self.lists_searched = recommender, candidates, lists_searched
         nobody = Histories(np.zeros(0, np.int64), np.zeros(0, np.int64))
         with torch.inference_mode():
             width = recommender.model.item_embedding.weight.shape[1]
             unused = torch.zeros(0, width, device=recommender.device)
-            _, table = recommender.factors(nobody, columns, unused)
+            _, table = recommender.factors(nobody, candidates, unused)
             items = np.ascontiguousarray(table.float().cpu().numpy())
         self.lists = max(1, min(int(4 * len(items) ** 0.5), len(items) // POINTS_OF_A_LIST))
         self._index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, self.lists, faiss.METRIC_INNER_PRODUCT)
@@ -59,35 +59,35 @@ class ApproximateIndex:
     def top(self, histories: Histories, k: int, exclude_seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`Recommender.top`; a history for which too few items are found is answered exactly."""
         self._index.nprobe = min(self.lists_searched, self.lists)
-        k = min(k, len(self.columns))
+        k = min(k, len(self.candidates))
         ids, values = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         n_items = self.recommender.vocabulary.item_num
         seen = np.zeros(0, np.int64)
         if exclude_seen or not self.recommender.allow_repeats:
             seen = np.unique(histories.rows * n_items + histories.items)
-            seen = seen[np.isin(seen % n_items, self.columns)]
+            seen = seen[np.isin(seen % n_items, self.candidates)]
         left_out = np.bincount(seen // n_items, minlength=len(histories))
         some = np.flatnonzero(histories.lengths)
         if not len(some):
             return ids, values
         some = some[np.argsort(left_out[some], kind="stable")]
         with torch.inference_mode():
-            hidden, _ = self.recommender.factors(histories.take(some), self.columns[:1])
+            hidden, _ = self.recommender.factors(histories.take(some), self.candidates[:1])
         queries = np.ascontiguousarray(hidden.float().cpu().numpy())
         for begin in range(0, len(some), ROWS_AT_A_TIME):
             which = some[begin : begin + ROWS_AT_A_TIME]
-            wanted = min(k + int(left_out[which].max()), len(self.columns))
+            wanted = min(k + int(left_out[which].max()), len(self.candidates))
             scores, found = self._index.search(queries[begin : begin + ROWS_AT_A_TIME], wanted)
-            found = np.where(found < 0, 0, self.columns[found])
+            found = np.where(found < 0, 0, self.candidates[found])
             out = (found == 0) | np.isin(which[:, None] * n_items + found, seen)
             best = np.argsort(out, axis=1, kind="stable")[:, :k]  # FAISS has them in order
             kept = ~np.take_along_axis(out, best, 1)
             ids[which] = np.where(kept, np.take_along_axis(found, best, 1), 0)
             values[which] = np.where(kept, np.take_along_axis(scores, best, 1), -np.inf)
-        there = np.minimum(k, len(self.columns) - left_out)
+        there = np.minimum(k, len(self.candidates) - left_out)
         short = some[(ids[some] > 0).sum(1) < there[some]]
         if len(short):
-            ids[short], values[short] = self.recommender.top(histories.take(short), k, exclude_seen, self.columns)
+            ids[short], values[short] = self.recommender.top(histories.take(short), k, exclude_seen, self.candidates)
         return ids, values
 
 

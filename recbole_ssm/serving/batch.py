@@ -116,8 +116,8 @@ def recommend_all(
     vocabulary, config = recommender.vocabulary, recommender.config
     fields = (vocabulary.uid_field, vocabulary.iid_field, config["TIME_FIELD"])
     interactions = Interactions(Path(input), fields, bool(recommender.time_columns), *file_format(config))
-    columns = recommender.columns(candidates)
-    if not len(columns):
+    chosen = recommender.candidate_ids(candidates)
+    if not len(chosen):
         raise UserError("none of the candidates is known to the model: name items that it was trained on.")
     job = {
         "format": FORMAT,
@@ -128,15 +128,15 @@ def recommend_all(
         "k": k,
         "exclude_seen": exclude_seen,
         "at": at,
-        "candidates": hashlib.blake2b(columns.tobytes(), digest_size=16).hexdigest(),
+        "candidates": hashlib.blake2b(chosen.tobytes(), digest_size=16).hexdigest(),
         "index": [index, lists_searched] if index == "faiss" else [index],
     }
     place = Output(output, [interactions.path, *interactions.files])
     with place.held():
         state = place.begin(job, min(MOST_PARTS, -(-interactions.size // BYTES_OF_A_PART)))
-        answers = _Answers(recommender, columns, k, exclude_seen, batch_users, at)
+        answers = _Answers(recommender, chosen, k, exclude_seen, batch_users, at)
         if index == "faiss":
-            answers.index = ApproximateIndex(recommender, columns, lists_searched)
+            answers.index = ApproximateIndex(recommender, chosen, lists_searched)
         if not state.all_read:
             _read(interactions, recommender, place, state, show_progress)
         if state.unknown:
@@ -170,14 +170,14 @@ class _Answers:
     """Answers for users, a batch at a time."""
 
     def __init__(
-        self, recommender: Recommender, columns: np.ndarray, k: int, exclude_seen: bool, batch_users: int,
+        self, recommender: Recommender, candidates: np.ndarray, k: int, exclude_seen: bool, batch_users: int,
         at: float | None,
     ):  # fmt: skip
-        self.recommender, self.columns, self.k, self.exclude_seen = recommender, columns, k, exclude_seen
+        self.recommender, self.candidates, self.k, self.exclude_seen = recommender, candidates, k, exclude_seen
         self._at = at
         self.index: ApproximateIndex | None = None
         self.sampled, self.overlap = 0, (0, 0)
-        self._users_at_a_time = max(1, min(batch_users, ANSWERS_AT_A_TIME // min(k, len(columns))))
+        self._users_at_a_time = max(1, min(batch_users, ANSWERS_AT_A_TIME // min(k, len(candidates))))
         self._tokens = pa.array(recommender.vocabulary.items.tolist(), pa.string())
 
     def histories(self, rows: pa.Table) -> tuple[pa.Array, Histories]:
@@ -204,11 +204,11 @@ class _Answers:
 
     def _top(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         if self.index is None:
-            return self.recommender.top(histories, self.k, self.exclude_seen, self.columns)
+            return self.recommender.top(histories, self.k, self.exclude_seen, self.candidates)
         ids, scores = self.index.top(histories, self.k, self.exclude_seen)
         sample = np.flatnonzero(histories.lengths)[: SAMPLE - self.sampled]
         if len(sample):
-            exact, _ = self.recommender.top(histories.take(sample), self.k, self.exclude_seen, self.columns)
+            exact, _ = self.recommender.top(histories.take(sample), self.k, self.exclude_seen, self.candidates)
             found, there = overlap(ids[sample], exact)
             self.overlap = (self.overlap[0] + found, self.overlap[1] + there)
             self.sampled += len(sample)

@@ -186,7 +186,7 @@ def examples(recommender: "Recommender") -> dict[str, np.ndarray]:
         columns, at = example["columns"][real], np.zeros(len(lengths))
     histories = Histories(example["items"][real], lengths, columns, at=at)
     with torch.inference_mode():
-        scores = recommender._scores_of(histories, recommender.columns())(slice(None)).float().cpu().numpy()
+        scores = recommender._scores_of(histories, recommender.candidate_ids())(slice(None)).float().cpu().numpy()
     return {**example, "scores": np.pad(scores, ((0, 0), (1, 0)), constant_values=-np.inf)}
 
 

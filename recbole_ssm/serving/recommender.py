@@ -186,8 +186,7 @@ class Recommender:
             UserError: for a ``k`` below 1, or what :func:`~recbole_ssm.serving.histories.read_histories` refuses.
         """
         histories, users = self.read(sequences, times, at)
-        columns = self.columns(candidates, filter)
-        ids, scores = self.top(histories, k, exclude_seen, columns)
+        ids, scores = self.top(histories, k, exclude_seen, self.candidate_ids(candidates, filter))
         if users is None:
             return self.named(ids, scores)
         row, place = np.nonzero(ids)
@@ -218,19 +217,19 @@ class Recommender:
                 :func:`~recbole_ssm.serving.histories.read_histories` refuses.
         """
         histories, _ = self.read(sequences, times, at)
-        columns = np.array([self.vocabulary.id(token) for token in items], dtype=np.int64)
-        found = np.full((len(histories), len(columns)), np.nan, np.float32)
+        wanted = np.array([self.vocabulary.id(token) for token in items], dtype=np.int64)
+        found = np.full((len(histories), len(wanted)), np.nan, np.float32)
         some = np.flatnonzero(histories.lengths)
-        if len(some) and len(columns):
+        if len(some) and len(wanted):
             with torch.inference_mode():
-                scores_of = self._scores_of(histories.take(some), columns)
+                scores_of = self._scores_of(histories.take(some), wanted)
                 step = ROWS_AT_A_TIME
                 for begin in range(0, len(some), step):
                     rows = slice(begin, begin + step)
                     found[some[rows]] = scores_of(rows).float().cpu().numpy()
         if not self.allow_repeats:
             read, n_items = histories.latest(self.max_length), self.vocabulary.item_num
-            pairs = np.arange(len(histories))[:, None] * n_items + columns
+            pairs = np.arange(len(histories))[:, None] * n_items + wanted
             found[np.isin(pairs, read.rows * n_items + read.items)] = np.nan
         return found
 
@@ -241,11 +240,11 @@ class Recommender:
             UserError: for an item that the model does not know, or a ``k`` below 1.
         """
         chosen = self.vocabulary.id(item)
-        columns = np.setdiff1d(self.columns(), [chosen])
+        others = np.setdiff1d(self.candidate_ids(), [chosen])
         with torch.inference_mode():
             table = self._directions
-            scores = (table[chosen] @ table.T)[None, torch.from_numpy(columns).to(table.device)]
-        ids, values = top_items(lambda _: scores, 1, columns, len(table), _checked(k))
+            scores = (table[chosen] @ table.T)[None, torch.from_numpy(others).to(table.device)]
+        ids, values = top_items(lambda _: scores, 1, others, len(table), _checked(k))
         found = self.named(ids, values)
         return list(zip(found.items[0], found.scores[0], strict=True))
 
@@ -264,7 +263,7 @@ class Recommender:
         """See :func:`~recbole_ssm.serving.histories.read_histories`."""
         return read_histories(sequences, self.vocabulary, self.config["TIME_FIELD"], times, self.time_columns, at)
 
-    def columns(
+    def candidate_ids(
         self, candidates: Iterable[Any] | None = None, filter: Callable[[str], bool] | None = None
     ) -> np.ndarray:
         """Ids of what may be recommended, ascending; see :meth:`recommend`."""
@@ -281,7 +280,7 @@ class Recommender:
         histories: Histories,
         k: int,
         exclude_seen: bool = True,
-        columns: np.ndarray | None = None,
+        candidates: np.ndarray | None = None,
         represented: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best items by id, and their scores, as of :func:`~recbole_ssm.serving.top_items.top_items`.
@@ -290,20 +289,20 @@ class Recommender:
             histories: of any lengths; one without items gets nothing.
             k: most items each.
             exclude_seen: see :meth:`recommend`.
-            columns: see :meth:`columns`; all where absent.
+            candidates: ids, see :meth:`candidate_ids`; all where absent.
             represented: representations of the histories, ``[N, d]``, where they are known.
         """
-        columns = self.columns() if columns is None else columns
+        candidates = self.candidate_ids() if candidates is None else candidates
         exclude_seen = exclude_seen or not self.allow_repeats
         some = np.flatnonzero(histories.lengths)
-        k = min(_checked(k), len(columns))
+        k = min(_checked(k), len(candidates))
         ids, values = np.zeros((len(histories), k), np.int64), np.full((len(histories), k), -np.inf, np.float32)
         if len(some) and k:
             part = histories if len(some) == len(histories) else histories.take(some)
             with torch.inference_mode():
-                scores_of = self._scores_of(part, columns, represented)
+                scores_of = self._scores_of(part, candidates, represented)
                 found = top_items(
-                    scores_of, len(part), columns, self.vocabulary.item_num, k, part if exclude_seen else None
+                    scores_of, len(part), candidates, self.vocabulary.item_num, k, part if exclude_seen else None
                 )
             ids[some], values[some] = found
         return ids, values
@@ -331,31 +330,31 @@ class Recommender:
         return self.model._represent(SequenceBatch(read.inputs(), cu_seqlens, ends, ends, last=True))
 
     def _scores_of(
-        self, histories: Histories, columns: np.ndarray, represented: Tensor | None = None
+        self, histories: Histories, candidates: np.ndarray, represented: Tensor | None = None
     ) -> Callable[[slice], Tensor]:
         if not self.packs:
-            chosen = self._chosen(columns)
+            chosen = self._chosen(candidates)
             return lambda rows: self._full_scores(histories, rows)[:, chosen]
-        hidden, table = self.factors(histories, columns, represented)
+        hidden, table = self.factors(histories, candidates, represented)
         return lambda rows: hidden[rows] @ table.T
 
     def factors(
-        self, histories: Histories, columns: np.ndarray, represented: Tensor | None = None
+        self, histories: Histories, candidates: np.ndarray, represented: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """What scores are inner products of: one row a history ``[N, d]``, one an item ``[C, d]``; of our models alone.
 
         Args:
             histories: of at least one item each.
-            columns: see :meth:`columns`.
+            candidates: ids, see :meth:`candidate_ids`.
             represented: see :meth:`top`.
         """
         hidden = self.represent(histories) if represented is None else represented
         table = self.model.score_table()
-        return self.model.score_factors(hidden.to(table.dtype), table[self._chosen(columns)])
+        return self.model.score_factors(hidden.to(table.dtype), table[self._chosen(candidates)])
 
-    def _chosen(self, columns: np.ndarray) -> slice | Tensor:
-        every = len(columns) == self.vocabulary.item_num - 1 and bool((np.diff(columns) == 1).all())
-        return slice(1, None) if every else torch.from_numpy(columns).to(self.device)
+    def _chosen(self, candidates: np.ndarray) -> slice | Tensor:
+        every = len(candidates) == self.vocabulary.item_num - 1 and bool((np.diff(candidates) == 1).all())
+        return slice(1, None) if every else torch.from_numpy(candidates).to(self.device)
 
     def _full_scores(self, histories: Histories, rows: slice) -> Tensor:
         """Scores of all ids by a model of RecBole's, on its padded rows."""

@@ -143,7 +143,7 @@ class Sessions:
         return after
 
     def top(
-        self, states: Sequence[State], k: int, exclude_seen: bool = True, columns: np.ndarray | None = None,
+        self, states: Sequence[State], k: int, exclude_seen: bool = True, candidates: np.ndarray | None = None,
         at: Sequence[float | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """See :meth:`~recbole_ssm.serving.recommender.Recommender.top`.
@@ -152,7 +152,7 @@ class Sessions:
             states: of users.
             k: most items each.
             exclude_seen: see there.
-            columns: see there.
+            candidates: see there.
             at: the time at which each is asked about, where the model reads it.
 
         Raises:
@@ -172,7 +172,7 @@ class Sessions:
                         for i, row in zip(which, hidden.split(1), strict=True):
                             parts[i] = row
                 represented = torch.cat([part for part in parts if part is not None])
-            return self.recommender.top(self.histories(states), k, exclude_seen, columns, represented)
+            return self.recommender.top(self.histories(states), k, exclude_seen, candidates, represented)
 
     def wrong_request(self, state: State, time: float | None) -> str | None:
         """The sentence by which :meth:`top` would refuse to answer at ``time``."""
@@ -344,7 +344,7 @@ class Session:
             UserError: where the model reads the ``time`` at which it is asked, and there is none or one before the last
                 event's; where it does not, and there is one.
         """
-        chosen = None if candidates is None else self._recommender.columns(candidates)
+        chosen = None if candidates is None else self._recommender.candidate_ids(candidates)
         return self._recommender.named(*self._sessions.top([self.state], k, exclude_seen, chosen, [time]))
 
     def to_bytes(self) -> bytes:

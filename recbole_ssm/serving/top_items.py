@@ -18,7 +18,7 @@ SMALLEST_GROUP = 16
 def top_items(
     scores_of: Callable[[slice], Tensor],
     count: int,
-    columns: np.ndarray,
+    candidates: np.ndarray,
     n_items: int,
     k: int,
     seen: Histories | None = None,
@@ -26,9 +26,9 @@ def top_items(
     """The items of the highest scores for each of ``count`` histories.
 
     Args:
-        scores_of: scores of some histories and the items ``columns``, ``[B, C]``; they are written into.
+        scores_of: scores of some histories and the items ``candidates``, ``[B, C]``; they are written into.
         count: number of histories, ``N``.
-        columns: ids of the candidates, ascending, ``[C]``.
+        candidates: ids of the items to choose from, ascending, ``[C]``.
         n_items: number of all ids.
         k: most items a history.
         seen: histories whose items are left out, ``N`` of them.
@@ -37,15 +37,15 @@ def top_items(
         Ids, int64 ``[N, k']``, with 0 where there are fewer than ``k'``, and their scores, float32 ``[N, k']``, best
         first; ``k'`` is ``k`` or the number of candidates.
     """
-    k = min(k, len(columns))
+    k = min(k, len(candidates))
     ids, values = np.zeros((count, k), np.int64), np.full((count, k), -np.inf, np.float32)
     if seen is not None:
-        place = None  # of all items the columns are the ids less one, without a table as long as the catalogue
-        if len(columns) < n_items - 1:
+        place = None  # of all items the ids are the columns plus one, without a table as long as the catalogue
+        if len(candidates) < n_items - 1:
             place = np.full(n_items, -1)
-            place[columns] = np.arange(len(columns))
+            place[candidates] = np.arange(len(candidates))
         ends = np.concatenate([[0], np.cumsum(seen.lengths)])
-    step = max(1, SCORES_AT_A_TIME // max(1, len(columns)))
+    step = max(1, SCORES_AT_A_TIME // max(1, len(candidates)))
     for begin in range(0, count if k else 0, step):
         end = min(count, begin + step)
         scores = scores_of(slice(begin, end))
@@ -56,7 +56,7 @@ def top_items(
             at = (torch.from_numpy(indices[column >= 0]).to(scores.device) for indices in (row, column))
             scores[tuple(at)] = -torch.inf
         best, where = _topk(scores, k)
-        found = columns[where.cpu().numpy()]
+        found = candidates[where.cpu().numpy()]
         values[begin:end] = best.float().cpu().numpy()
         ids[begin:end] = np.where(values[begin:end] > -np.inf, found, 0)
     return ids, values

@@ -199,14 +199,14 @@ class Service:
         for i, choice in enumerate(choices):
             groups.setdefault((choice.exclude_seen, choice.candidates), []).append(i)
         for (exclude_seen, candidates), rows in groups.items():
-            columns = None
+            chosen = None
             if candidates is not None:
                 (ids,), (strange,) = self._known([candidates])
-                columns = np.unique(ids[ids > 0])
+                chosen = np.unique(ids[ids > 0])
                 for i in rows:
                     answers[i].unknown = [*answers[i].unknown, *strange]
             k = max(choices[i].k for i in rows)
-            named = self._recommender.named(*top(np.array(rows), k, exclude_seen, columns))
+            named = self._recommender.named(*top(np.array(rows), k, exclude_seen, chosen))
             for i, items, scores in zip(rows, named.items, named.scores, strict=True):
                 answers[i].items = list(zip(items, scores, strict=True))[: choices[i].k]
         return answers
@@ -303,11 +303,11 @@ class Service:
         asking = [i for i in after if turns[i].choice is not None]
 
         def top(
-            rows: np.ndarray, k: int, exclude_seen: bool, columns: np.ndarray | None
+            rows: np.ndarray, k: int, exclude_seen: bool, candidates: np.ndarray | None
         ) -> tuple[np.ndarray, np.ndarray]:
             which = [asking[row] for row in rows]
             at = [turns[i].at for i in which]
-            return self._sessions.top([after[i] for i in which], k, exclude_seen, columns, at)
+            return self._sessions.top([after[i] for i in which], k, exclude_seen, candidates, at)
 
         answers.update({i: Answer(strange[i]) for i in after})
         choices = [choice for i in asking if (choice := turns[i].choice) is not None]
