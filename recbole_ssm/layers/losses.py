@@ -27,11 +27,11 @@ def _rows_per_block(device: torch.device, bytes_per_row: int, at_least: int = 1)
     return max(at_least, BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // max(1, bytes_per_row))
 
 
-def mean_over_targets(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of ``[M, ...]``; with ``weights [M]``, which sum to 1, each target by its own."""
-    if weights is None:
+def mean_over_targets(values: Tensor, target_weights: Tensor | None) -> Tensor:
+    """The mean of ``[M, ...]``; with ``target_weights [M]``, which sum to 1, each target by its own."""
+    if target_weights is None:
         return values.mean()
-    return torch.dot(values.flatten(1).mean(1) if values.dim() > 1 else values, weights.to(values.dtype))
+    return torch.dot(values.flatten(1).mean(1) if values.dim() > 1 else values, target_weights.to(values.dtype))
 
 
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
@@ -46,7 +46,7 @@ class _FullCrossEntropy(torch.autograd.Function):
     """The gradients are taken in the forward pass, while a block's scores are at hand: they are made once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positives, dtype, smoothing, weights, seen):
+    def forward(ctx, hidden, weight, positives, dtype, smoothing, target_weights, seen):
         count, width = hidden.shape
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(dtype, torch.float32)
@@ -68,17 +68,17 @@ class _FullCrossEntropy(torch.autograd.Function):
             if seen is not None:
                 leave_out(scores, seen.of(part), wanted)
             losses, slope = loss_and_slope(scores, wanted, smoothing, needs_hidden or needs_weight)
-            loss = losses.sum() if weights is None else torch.dot(losses, weights[part].to(exact))
+            loss = losses.sum() if target_weights is None else torch.dot(losses, target_weights[part].to(exact))
             total = loss if total is None else total + loss
             if slope is None:
                 continue
-            slope = (slope if weights is None else slope.mul_(weights[part, None])).to(dtype)
+            slope = (slope if target_weights is None else slope.mul_(target_weights[part, None])).to(dtype)
             if into_hidden is not None:
                 _into(into_hidden[part], slope, table)
             if into_weight is not None:
                 _into(into_weight, slope.T, block, add=begin > 0)
         ctx.into = [into_hidden, into_weight]
-        if weights is None:
+        if target_weights is None:
             for into in filter(lambda t: t is not None, ctx.into):
                 into.div_(max(1, count))
             total = (hidden.new_zeros((), dtype=exact) if total is None else total) / count
@@ -142,22 +142,22 @@ def leave_out(scores: Tensor, seen: Tensor, wanted: Tensor) -> None:
 
 def full_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    table: Tensor,
     positives: Tensor,
     label_smoothing: float = 0.0,
-    weights: Tensor | None = None,
+    target_weights: Tensor | None = None,
     seen: SeenItems | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, positives, label_smoothing=...)`` without the scores of all rows at once.
+    """``F.cross_entropy(hidden @ table.T, positives, label_smoothing=...)`` without the scores of all rows at once.
 
     The product is taken in autocast's dtype where that is on, everything else in at least float32.
 
     Args:
         hidden: ``[M, d]``.
-        weight: embeddings of all items, ``[n, d]``.
+        table: embeddings of all items, ``[n, d]``.
         positives: int64 ``[M]``.
         label_smoothing: share of the target that is spread evenly over all items (arXiv 1512.00567, section 7).
-        weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
+        target_weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
         seen: the items that are no classes of a row, but for its positive; without ``label_smoothing``, which would
             give them a share.
 
@@ -167,15 +167,15 @@ def full_cross_entropy(
     Raises:
         RuntimeError: by a second backward pass through the same result.
     """
-    dtype = _product_dtype(hidden, weight)
+    dtype = _product_dtype(hidden, table)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _FullCrossEntropy.apply(hidden, weight, positives, dtype, label_smoothing, weights, seen)
+        return _FullCrossEntropy.apply(hidden, table, positives, dtype, label_smoothing, target_weights, seen)
 
 
 class _ItemScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, items):
-        rows, table = hidden.detach(), weight.detach()
+    def forward(ctx, hidden, table, items):
+        rows, table = hidden.detach(), table.detach()
         scores = torch.empty(items.shape, dtype=rows.dtype, device=rows.device)
         ctx.of_all = rows.is_cpu and len(table) <= ALL_SCORES * items.shape[1]
         ctx.blocks = _blocks(rows, len(table) if ctx.of_all else items.shape[1] * rows.shape[1])
@@ -210,33 +210,37 @@ def _blocks(rows: Tensor, width: int):
     return [slice(begin, begin + size) for begin in range(0, len(rows), size)]
 
 
-def item_scores(hidden: Tensor, weight: Tensor, items: Tensor) -> Tensor:
+def item_scores(hidden: Tensor, table: Tensor, items: Tensor) -> Tensor:
     """Inner products of each row with the embeddings of its own items, ``[M, K]``.
 
     Args:
         hidden: ``[M, d]``.
-        weight: embeddings of all items, ``[n, d]``.
+        table: embeddings of all items, ``[n, d]``.
         items: int64 ``[M, K]``.
     """
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = torch.promote_types(hidden.dtype, table.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ItemScores.apply(hidden.to(dtype), weight.to(dtype), items)
+        return _ItemScores.apply(hidden.to(dtype), table.to(dtype), items)
 
 
-def bce(positive: Tensor, negative: Tensor, weights: Tensor | None = None) -> Tensor:
+def bce(positive: Tensor, negative: Tensor, target_weights: Tensor | None = None) -> Tensor:
     """``-log sigmoid(r+) - log(1 - sigmoid(r-))``, the mean over negatives and rows; ``[M, 1]`` and ``[M, K]``.
 
-    ``weights``, here and below: see :func:`mean_over_targets`.
+    ``target_weights``, here and below: see :func:`mean_over_targets`.
     """
-    return -mean_over_targets(F.logsigmoid(positive), weights) - mean_over_targets(F.logsigmoid(-negative), weights)
+    return -mean_over_targets(F.logsigmoid(positive), target_weights) - mean_over_targets(
+        F.logsigmoid(-negative), target_weights
+    )
 
 
-def bpr(positive: Tensor, negative: Tensor, weights: Tensor | None = None) -> Tensor:
+def bpr(positive: Tensor, negative: Tensor, target_weights: Tensor | None = None) -> Tensor:
     """``-log sigmoid(r+ - r-)``, the mean over negatives and rows (arXiv 1205.2618); ``[M, 1]`` and ``[M, K]``."""
-    return -mean_over_targets(F.logsigmoid(positive - negative), weights)
+    return -mean_over_targets(F.logsigmoid(positive - negative), target_weights)
 
 
-def gbce(positive: Tensor, negative: Tensor, others: int, calibration: float, weights: Tensor | None = None) -> Tensor:
+def gbce(
+    positive: Tensor, negative: Tensor, others: int, calibration: float, target_weights: Tensor | None = None
+) -> Tensor:
     """Generalised binary cross-entropy ``-(beta log sigmoid(r+) + sum_k log(1 - sigmoid(r-_k))) / (K + 1)``.
 
     gSASRec (arXiv 2308.07192, section 5): ``beta = alpha (t (1 - 1/alpha) + 1/alpha)`` with the sampling rate
@@ -247,15 +251,15 @@ def gbce(positive: Tensor, negative: Tensor, others: int, calibration: float, we
         negative: ``[M, K]``.
         others: how many items negatives are drawn from.
         calibration: ``t``.
-        weights: ``[M]``.
+        target_weights: ``[M]``.
     """
     alpha = negative.shape[1] / others
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     terms = torch.cat([beta * F.logsigmoid(positive), F.logsigmoid(-negative)], 1)
-    return -mean_over_targets(terms, weights)
+    return -mean_over_targets(terms, target_weights)
 
 
-def sampled_softmax(positive: Tensor, negative: Tensor, others: int, weights: Tensor | None = None) -> Tensor:
+def sampled_softmax(positive: Tensor, negative: Tensor, others: int, target_weights: Tensor | None = None) -> Tensor:
     """``-log exp(r+) / (exp(r+) + others / K sum_k exp(r-_k))``, negatives drawn uniformly from the other items.
 
     Each negative's score is corrected by the logarithm of how often it is expected in the sample (arXiv 1412.2007,
@@ -265,8 +269,8 @@ def sampled_softmax(positive: Tensor, negative: Tensor, others: int, weights: Te
         positive: ``[M, 1]``.
         negative: ``[M, K]``.
         others: how many items negatives are drawn from.
-        weights: ``[M]``.
+        target_weights: ``[M]``.
     """
     correction = math.log(others / negative.shape[1])
     scores = torch.cat([positive, negative + correction], 1)
-    return mean_over_targets(scores.logsumexp(1) - positive[:, 0], weights)
+    return mean_over_targets(scores.logsumexp(1) - positive[:, 0], target_weights)

@@ -97,9 +97,9 @@ class MixtureOfExperts(nn.Module):
 def load_balance(
     gate: Tensor,
     chosen: Tensor | None = None,
-    weights: Tensor | None = None,
+    target_weights: Tensor | None = None,
     scale: float = 1.0,
-    weight: float = 1.0,
+    process_weight: float = 1.0,
 ) -> Tensor:
     """How unevenly the experts are used: ``scale (E sum_i f_i P_i - 1)`` with ``P_i`` the mean gate of expert ``i``.
 
@@ -111,17 +111,17 @@ def load_balance(
     Args:
         gate: ``[M, E]``, rows summing to 1.
         chosen: int64 ``[M, k]``.
-        weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
+        target_weights: what each row counts, ``[M]``, summing to 1; all alike where absent.
         scale: a factor.
-        weight: see :func:`recbole_ssm.distributed.weight_of`.
+        process_weight: see :func:`recbole_ssm.distributed.weight_of`.
     """
     exact = torch.promote_types(gate.dtype, torch.float32)
     with torch.autocast(gate.device.type, enabled=False):
-        share = gate.mean(0, dtype=exact) if weights is None else weights.to(exact) @ gate.to(exact)
-    used = share = mean_over_processes(share, weight)
+        share = gate.mean(0, dtype=exact) if target_weights is None else target_weights.to(exact) @ gate.to(exact)
+    used = share = mean_over_processes(share, process_weight)
     if chosen is not None:
         (count, k), each = chosen.shape, share.new_ones(chosen.shape)
-        each = each / max(1, count * k) if weights is None else each * (weights / k)[:, None]
+        each = each / max(1, count * k) if target_weights is None else each * (target_weights / k)[:, None]
         used = torch.zeros_like(share).index_add(0, chosen.flatten(), each.flatten())
-        used = mean_over_processes(used, weight)
+        used = mean_over_processes(used, process_weight)
     return (scale * len(share)) * torch.dot(used, share) - scale

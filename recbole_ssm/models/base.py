@@ -168,8 +168,8 @@ class PackedRecommender(SequentialRecommender):
         hidden: Tensor,
         positives: Tensor,
         negatives: Tensor | None,
-        weights: Tensor | None = None,
-        weight: float = 1.0,
+        target_weights: Tensor | None = None,
+        process_weight: float = 1.0,
         seen: SeenItems | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """The training loss, or a tuple of terms to be summed.
@@ -178,19 +178,19 @@ class PackedRecommender(SequentialRecommender):
             hidden: hidden states, ``[M, d]``.
             positives: the items that came next, int64 ``[M]``.
             negatives: sampled items, int64 ``[M, K]``.
-            weights: what each target counts, ``[M]``, summing to 1; all alike where absent.
-            weight: of this process's targets, see :func:`recbole_ssm.distributed.weight_of`; for terms that are no
-                means over targets.
+            target_weights: what each target counts, ``[M]``, summing to 1; all alike where absent.
+            process_weight: of this process's targets, see :func:`recbole_ssm.distributed.weight_of`; for terms that
+                are no means over targets.
             seen: items that cannot come next; none where absent.
         """
-        return self.ranking_loss(self.read_out(hidden), positives, negatives, weights, seen)
+        return self.ranking_loss(self.read_out(hidden), positives, negatives, target_weights, seen)
 
     def ranking_loss(
         self,
         hidden: Tensor,
         positives: Tensor,
         negatives: Tensor | None,
-        weights: Tensor | None = None,
+        target_weights: Tensor | None = None,
         seen: SeenItems | None = None,
     ) -> Tensor:
         """Mean over targets of the loss that ``loss_type`` names, with scores ``r`` as of :meth:`score_factors`.
@@ -200,19 +200,21 @@ class PackedRecommender(SequentialRecommender):
         """
         hidden, table = self.score_factors(hidden, self.score_table())
         if self.loss_type == "CE":
-            return full_cross_entropy(hidden, table, positives, self.label_smoothing, weights, seen)
+            return full_cross_entropy(hidden, table, positives, self.label_smoothing, target_weights, seen)
         if negatives is None:
             raise UserError(f"loss_type {self.loss_type} needs train_neg_sample_args (a dict), which is unset.")
         scores = item_scores(hidden, table, torch.cat([positives[:, None], negatives], 1))
         positive, negative = scores[:, :1], scores[:, 1:]
         if self.loss_type == "BCE":
-            return bce(positive, negative, weights)
+            return bce(positive, negative, target_weights)
         if self.loss_type == "BPR":
-            return bpr(positive, negative, weights)
+            return bpr(positive, negative, target_weights)
         others = self.n_items - 2  # neither the padding nor the positive itself
         if self.loss_type == "gBCE":
-            return gbce(positive, negative, others, self.gbce_t, weights)
-        return sampled_softmax(positive, negative, others if self.corrects_samples else self.n_negatives, weights)
+            return gbce(positive, negative, others, self.gbce_t, target_weights)
+        return sampled_softmax(
+            positive, negative, others if self.corrects_samples else self.n_negatives, target_weights
+        )
 
     def score_factors(self, hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """What scores are inner products of: hidden states ``[M, d]`` and item embeddings ``[n, d]`` as they are.

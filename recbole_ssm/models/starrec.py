@@ -291,21 +291,21 @@ class STARRec(AttendingRecommender):
         hidden: Tensor,
         positives: Tensor,
         negatives: Tensor | None,
-        weights: Tensor | None = None,
-        weight: float = 1.0,
+        target_weights: Tensor | None = None,
+        process_weight: float = 1.0,
         seen: SeenItems | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Ranking loss, and with a mixture the weighted diversity and load-balance terms where their weight is set."""
         if self.mixture is None:
-            return self.ranking_loss(hidden, positives, negatives, weights, seen)
+            return self.ranking_loss(hidden, positives, negatives, target_weights, seen)
         if self.routes_positions:
             mixed, self._mixed = self._mixed, None
         else:
             mixed = self.mixture(hidden)
             hidden = mixed.output
-        terms = [self.ranking_loss(hidden, positives, negatives, weights, seen)]
+        terms = [self.ranking_loss(hidden, positives, negatives, target_weights, seen)]
         if self.diversity_weight and mixed is not None and len(mixed.experts) > 1:
-            terms.append(expert_diversity(mixed.experts, weights, self.diversity_weight))
+            terms.append(expert_diversity(mixed.experts, target_weights, self.diversity_weight))
         if self.balance_weight and mixed is not None:
-            terms.append(load_balance(mixed.gate, mixed.chosen, weights, self.balance_weight, weight))
+            terms.append(load_balance(mixed.gate, mixed.chosen, target_weights, self.balance_weight, process_weight))
         return tuple(terms) if len(terms) > 1 else terms[0]

@@ -67,7 +67,7 @@ def test_what_is_added_to_the_loss_is_exact_under_autocast():
     experts, weights = torch.randn(4, 64, 6, generator=generator), torch.full((64,), 1 / 64)
 
     def terms():
-        return load_balance(gate, weights=weights), expert_diversity(experts, weights, backend="reference")
+        return load_balance(gate, target_weights=weights), expert_diversity(experts, weights, backend="reference")
 
     expected = terms()
     with torch.autocast("cpu", torch.bfloat16):
