@@ -120,7 +120,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 def _tell_first_format(path: Path) -> None:
     logging.getLogger().warning(
         f"{path} was written by an earlier version: it holds no ids of users and items and no digest, so neither data "
-        "that were re-ordered since nor damage is noticed; train it again, or --resume it, to have both."
+        "that were re-ordered since nor damage is noticed. A run that goes on from it with --resume writes them."
     )
 
 

@@ -78,7 +78,7 @@ def _standing_in(name: str, *functions: Any) -> Iterator[None]:
 
 
 class WithoutScatter:
-    """What goes in front of KGIN and MCCLK, whose layers import ``torch_scatter`` in each forward pass."""
+    """Mixin for KGIN and MCCLK, whose layers import ``torch_scatter`` in each forward pass."""
 
     def forward(self, *arguments):
         """As RecBole's."""
@@ -100,7 +100,7 @@ class _GraphsAsMatrices:
 
 
 class WithoutDgl:
-    """What goes in front of KGAT, which takes from a ``dgl`` graph nothing but the adjacency of each relation."""
+    """Mixin for KGAT, which takes from a ``dgl`` graph nothing but the adjacency of each relation."""
 
     ckg: scipy.sparse.coo_matrix
     device: torch.device
@@ -120,7 +120,7 @@ class WithoutDgl:
 
 
 class SinglePrecision:
-    """What goes in front of KSR, whose relations come from a file as float64."""
+    """Mixin for KSR, whose relations come from a file as float64."""
 
     relation_Matrix: Tensor
 
@@ -129,15 +129,15 @@ class SinglePrecision:
         self.relation_Matrix = self.relation_Matrix.float()
 
 
-IN_FRONT: dict[str, type] = {"KGAT": WithoutDgl, "KSR": SinglePrecision}
+MIXINS: dict[str, type] = {"KGAT": WithoutDgl, "KSR": SinglePrecision}
 if find_spec("torch_scatter") is None:
-    IN_FRONT |= {"KGIN": WithoutScatter, "MCCLK": WithoutScatter}
+    MIXINS |= {"KGIN": WithoutScatter, "MCCLK": WithoutScatter}
 
 
 @lru_cache(maxsize=None)
 def mended(model_class: type) -> type:
     """``model_class`` as it runs here: itself, or a subclass of the same name with what it lacks."""
-    bases = [found for cls in model_class.__mro__ if (found := _in_front_of(cls))]
+    bases = [found for cls in model_class.__mro__ if (found := _mixin_of(cls))]
     methods = {
         name: _with_old_sparse(function)
         for cls in reversed(model_class.__mro__)
@@ -149,5 +149,5 @@ def mended(model_class: type) -> type:
     return type(model_class.__name__, (*bases, model_class), methods)
 
 
-def _in_front_of(cls: type) -> type | None:
-    return IN_FRONT.get(cls.__name__) if cls.__module__.startswith("recbole.model.") else None
+def _mixin_of(cls: type) -> type | None:
+    return MIXINS.get(cls.__name__) if cls.__module__.startswith("recbole.model.") else None

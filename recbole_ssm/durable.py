@@ -1,4 +1,4 @@
-"""What goes in front of RecBole's trainers: safe checkpoints, exact resume, clear ends."""
+"""A mixin for RecBole's trainers: safe checkpoints, exact resume, clear ends."""
 
 import math
 import os
@@ -47,7 +47,7 @@ class Timings:
 
 
 class DurableTraining(Trainer):
-    """What goes in front of any of RecBole's trainers.
+    """Mixin for any of RecBole's trainers: safe checkpoints, exact resume, clear ends.
 
     One checkpoint file serves all: its ``state_dict`` is the best epoch's model, which evaluation loads, and its
     ``resume`` part is the whole state after the latest evaluated epoch, which :meth:`resume_checkpoint` continues

@@ -324,5 +324,5 @@ def _durable(trainer_class: type) -> type:
 
 
 def get_trainer(model_type, model_name: str) -> type:
-    """As :func:`recbole.utils.get_trainer`, with :class:`DurableTraining` in front of what that finds."""
+    """As :func:`recbole.utils.get_trainer`, with the mixin :class:`DurableTraining`."""
     return _durable(recbole.utils.get_trainer(model_type, model_name))

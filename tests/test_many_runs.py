@@ -57,6 +57,12 @@ def test_no_processes_are_refused(count):
         launch(print, small_config("Mamba4Rec"), {}, nproc=count)
 
 
+@pytest.mark.parametrize(("world_size", "offset"), [(-1, 2), (4, 3), (4, -1)])
+def test_ranks_that_cannot_be_are_refused(world_size, offset):
+    with pytest.raises(UserError, match=rf"--group_offset={offset} and --nproc=2 make ranks .*--world_size is"):
+        launch(print, small_config("Mamba4Rec"), {}, nproc=2, world_size=world_size, group_offset=offset)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_processes_end_with_their_launcher():
     write_dataset("tiny", random_rows())

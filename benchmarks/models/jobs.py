@@ -9,9 +9,9 @@ import numpy as np
 import recbole
 from recbole.utils import get_model
 
+from benchmarks.models.causality import reason_against
 from recbole_ssm import Config
 from recbole_ssm.data import create_dataset, data_preparation
-from recbole_ssm.models.causality import reason_against
 from recbole_ssm.registry import MODELS, list_models
 
 DATASET = "zoo"

@@ -33,7 +33,7 @@ NAMED = {
 
 
 class AtomicFiles(SplitFiles, Filters, ListColumns):
-    """What goes in front of any of RecBole's dataset classes: every row read or told of, safe downloads, pandas 3.
+    """Mixin for any of RecBole's dataset classes: every row read or told of, safe downloads, pandas 3.
 
     Attributes:
         own_columns: names that the dataset gives to columns itself.
@@ -289,7 +289,7 @@ def settings_of(config: Any) -> str:
 
 @lru_cache(maxsize=None)
 def hardened(dataset_class: type) -> type:
-    """``dataset_class`` of RecBole with :class:`AtomicFiles` in front."""
+    """``dataset_class`` of RecBole with the mixin :class:`AtomicFiles`."""
     if issubclass(dataset_class, AtomicFiles):
         return dataset_class
     name = dataset_class.__name__

@@ -16,7 +16,7 @@ NUMBER_INTERVALS = (
 
 
 class Filters(recbole_datasets.Dataset):
-    """Goes in front of RecBole's dataset classes."""
+    """Mixin for RecBole's dataset classes: what a filter leaves out is told."""
 
     inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
 

@@ -24,7 +24,7 @@ def as_before(values: np.ndarray, lists: pd.Series) -> pd.Series:
 
 
 class ListColumns(Dataset):
-    """Goes in front of RecBole's dataset classes; each method does what the one of its name does under pandas 2."""
+    """Mixin for RecBole's dataset classes; each method does what the one of its name does under pandas 2."""
 
     inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
 

@@ -107,7 +107,7 @@ def _encode(value: Any) -> Any:
             return {"__words__": value.tolist()}
         if all(isinstance(item, np.ndarray) for item in value):  # a column of lists
             return {
-                "__lists__": np.concatenate([*value, []][: len(value)]),
+                "__lists__": np.concatenate(list(value)),
                 "lengths": np.array([len(v) for v in value]),
             }
     if isinstance(value, Enum):

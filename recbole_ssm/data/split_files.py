@@ -14,7 +14,7 @@ TOKENS = (FeatureType.TOKEN, FeatureType.TOKEN_SEQ)
 
 
 class SplitFiles(recbole_datasets.Dataset):
-    """Goes in front of RecBole's dataset classes; of sequential ones each row is a history and the item after it."""
+    """Mixin for RecBole's dataset classes; of sequential ones each row is a history and the item after it."""
 
     inter_feat: Any  # RecBole's: a DataFrame until the split, an Interaction from then on
 

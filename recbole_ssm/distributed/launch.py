@@ -59,6 +59,11 @@ def launch(
         where = {"ip": ip, "port": port}
         if world_size <= 0 or world_size == nproc:
             world_size, where = nproc, {"rendezvous": str(Path(folder, "rendezvous"))}
+        if not 0 <= group_offset <= world_size - nproc:
+            raise UserError(
+                f"--group_offset={group_offset} and --nproc={nproc} make ranks up to {group_offset + nproc - 1}, but "
+                f"--world_size is {world_size}: give the number of processes of all machines."
+            )
         return _run(job, {**settings, "nproc": nproc, "offset": group_offset, "world_size": world_size, **where})
 
 

@@ -27,7 +27,8 @@ def keep_from_weight_decay(*parameters: nn.Parameter) -> None:
     """Mark parameters that :class:`~recbole_ssm.trainer.SequenceTrainer` leaves out of ``weight_decay``.
 
     By the attribute that mamba_ssm marks them with, which other trainers know too: decay would pull rates and step
-    sizes not to nothing but to a value that means nothing in particular.
+    sizes not to nothing but to a value that means nothing in particular. (Mamba's own bias of step sizes decays, as in
+    mamba_ssm.)
     """
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ class FusedAttention(MultiHeadAttention):
 
 
 class SequenceMode:
-    """What goes in front of a class of :data:`recbole_ssm.settings.CAUSAL_MODELS`.
+    """Mixin for a class of :data:`recbole_ssm.settings.CAUSAL_MODELS`.
 
     Such a model computes its output at every position and keeps the last one. Given a
     :class:`~recbole_ssm.data.batch.SequenceBatch`, all positions that have a target are kept instead, and the model's
@@ -148,5 +148,5 @@ class SequenceMode:
 
 @lru_cache(maxsize=None)
 def with_sequence_mode(model_class: type) -> type:
-    """``model_class`` of RecBole with :class:`SequenceMode` in front."""
+    """``model_class`` of RecBole with the mixin :class:`SequenceMode`."""
     return type(model_class.__name__, (SequenceMode, model_class), {})

@@ -107,7 +107,8 @@ is -inf.{_untrained(recommender)}
 
 
 def _scoring(recommender: "Recommender", about: dict[str, Any]) -> str:
-    some = json.dumps(recommender.vocabulary.items[1:4].tolist(), ensure_ascii=False)
+    count = min(3, about["max_item_list_length"])
+    some = json.dumps(recommender.vocabulary.items[1 : 1 + count].tolist(), ensure_ascii=False)
     inputs = '{"items": np.array([history]), "lengths": np.array([len(history)])}'
     if about["columns"]:
         inputs = inputs[:-1] + f', "columns": np.array([{_example(about)}[: len(history)]])}}'

@@ -24,7 +24,7 @@ LOGISTIC_LOSSES = ("BCE", "gBCE")
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# Models of RecBole that train on whole histories: those in which recbole_ssm.models.causality finds nothing against it.
+# Models of RecBole that train on whole histories: those in which benchmarks.models.causality finds nothing against it.
 CAUSAL_MODELS = ("SASRec", "GRU4Rec", "SASRecF", "GRU4RecF", "FDSA")
 
 

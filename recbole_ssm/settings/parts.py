@@ -167,7 +167,7 @@ class NegativeSampling(Strict):
     """``train_neg_sample_args``."""
 
     distribution: Literal["uniform", "popularity", "none", "None"] | None = setting(
-        "uniform", "Of the negative items.", allowed="uniform, popularity or none"
+        "uniform", "What negative items are drawn by.", allowed="uniform, popularity or none"
     )
     sample_num: Whole | Literal["none"] = setting(1, "Negatives of a target.", allowed="a whole number from 1")
     alpha: float | Literal["none"] = setting(1.0, "Power of the popularity.", allowed="a number")

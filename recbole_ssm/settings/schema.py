@@ -46,7 +46,7 @@ class Common(Strict):
     )
     use_gpu: bool = setting(True, "Whether to use a GPU where there is one.")
     worker: int = setting(0, "Processes that load batches, beside the one that trains.", ge=0, le=1024)
-    seed: int = setting(2020, "Of all random numbers.", ge=0, lt=2**32)
+    seed: int = setting(2020, "Seed of Python's, NumPy's and torch's random numbers.", ge=0, lt=2**32)
     state: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(lower)] = setting(
         "INFO", "From which level on the log is written."
     )
@@ -89,8 +89,12 @@ class Common(Strict):
     weight_decay: float = setting(0.0, "L2 penalty; with adamw the decay of weights.", ge=0, le=1000)
     loss_decimal_place: int = setting(4, "Decimals of the loss in the log.", ge=0, le=20)
     require_pow: bool = setting(False, "Whether RecBole's embedding loss takes powers.")
-    enable_amp: bool = setting(False, "Whether to train in half precision.")
-    enable_scaler: bool = setting(False, "Whether gradients are scaled with it.")
+    enable_amp: bool = setting(
+        False,
+        "Automatic mixed precision: training, and evaluation of this package's models, in bfloat16, or in float16 on a "
+        "GPU without it.",
+    )
+    enable_scaler: bool = setting(False, "Whether the loss is scaled (torch's GradScaler), which float16 wants.")
     transform: Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"] | None = (
         setting(None, "What is made of each batch; for the models whose property file names one.")
     )
@@ -134,7 +138,7 @@ class Common(Strict):
         "Column and value from which on an interaction has label 1.",
         allowed="a dict of one column such as {'rating': 3}, or ~ for none",
     )
-    NEG_PREFIX: Name = setting("neg_", "Of the names of negatives' columns.")
+    NEG_PREFIX: Name = setting("neg_", "Prefix of a sampled negative's column, as in neg_item_id.")
     numerical_features: list[str] = setting([], "Columns of numbers that are embedded.")
     load_col: dict[str, list[str] | Literal["*"]] | None = setting(
         {"inter": ["user_id", "item_id"]},
@@ -164,7 +168,7 @@ class Common(Strict):
     normalize_all: bool | None = setting(None, "Whether all columns of numbers are normalised.")
     discretization: dict[str, dict] | None = setting(None, "How columns of numbers are made discrete.")
     ITEM_LIST_LENGTH_FIELD: Name = setting("item_length", "Name of the column of histories' lengths.")
-    LIST_SUFFIX: Name = setting("_list", "Of the names of histories' columns.")
+    LIST_SUFFIX: Name = setting("_list", "Suffix of a history's column, as in item_id_list.")
     MAX_ITEM_LIST_LENGTH: int = setting(50, "Most items of a history that a model reads.", ge=1, le=2**20)
     POSITION_FIELD: Name = setting("position_id", "Name of the column of positions.")
     benchmark_filename: list[str] | None = setting(

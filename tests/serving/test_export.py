@@ -238,6 +238,12 @@ def test_the_card_tells_which_scores_were_never_trained():
     assert "were\nnever trained" in model_card(served, export.describe(served))
 
 
+def test_the_cards_history_is_no_longer_than_the_model_reads():
+    served = recommender("STARRec", MAX_ITEM_LIST_LENGTH=2)
+    (history,) = re.findall(r"for item in (\[.*?\])\]", model_card(served, export.describe(served)))
+    assert len(json.loads(history)) == 2
+
+
 @pytest.mark.parametrize("what", ["package", "fixed length", "no table", "operator", "other scores"])
 def test_what_cannot_be_exported_is_one_sentence(what, monkeypatch):
     def scores(one: Recommender) -> np.ndarray:
