@@ -69,6 +69,8 @@ def _subject(commit: str) -> str:
 
 
 def _table(found: dict[str, Any], subjects: dict[str, str], about: dict[str, Any], rounds: int) -> str:
+    from benchmarks.report import markdown_table
+
     lines = [
         f"### What each change gave, on {about['device']}",
         "",
@@ -77,14 +79,14 @@ def _table(found: dict[str, Any], subjects: dict[str, str], about: dict[str, Any
         "package's settings for the set; loading is reading, filtering and splitting; evaluation ranks all users of "
         "the validation set.",
         "",
-        "| set and model | commit | ms a step | s to load | s to evaluate |",
-        "| --- | --- | ---: | ---: | ---: |",
     ]
+    rows = []
     for case, commits in found.items():
         for commit, runs in commits.items():
             best = [min(run[key] for run in runs) for key in ("step_ms", "load_s", "eval_s")]
-            lines.append(f"| {case} | {subjects[commit]} | " + " | ".join(f"{value:.3g}" for value in best) + " |")
-    return "\n".join(lines)
+            rows.append([case, subjects[commit], *(f"{value:.3g}" for value in best)])
+    heads = ["set and model", "commit", "ms a step", "s to load", "s to evaluate"]
+    return "\n".join(lines + markdown_table(heads, rows, text=(0, 1)))
 
 
 class _First:

@@ -7,6 +7,8 @@ from typing import Any
 from jinja2 import Environment
 from markdown_it import MarkdownIt
 
+from benchmarks.report import markdown_table
+
 LAYOUT = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -46,8 +48,7 @@ class Page:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text and the others are numbers."""
-        lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *rows]
-        self._blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        self._blocks.append("\n".join(markdown_table(head, rows)))
 
     def figure(self, picture: Path, page: Path, title: str) -> None:
         """An SVG file: beside the Markdown page a link to it, in the HTML page its content."""

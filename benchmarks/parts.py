@@ -20,13 +20,14 @@ from benchmarks.floors import Cost
 from recbole_ssm.layers import (
     MixtureOfExperts,
     PreferenceAwareAttention,
+    causal_conv,
     mamba,
     mamba2,
     mamba3,
     moving_average,
     preference_attention,
 )
-from recbole_ssm.models import recblr, tim4rec
+from recbole_ssm.models import recblr
 from recbole_ssm.models.base import PackedRecommender
 from recbole_ssm.ops import rotating_scan
 
@@ -36,7 +37,7 @@ COUNTED, BY_FORMULA = "counted", "formula"
 BACKWARD = "autograd::engine::evaluate_function"
 
 # Where the layers find their ops. With all of an op in one range, its backends can be compared.
-LAYERS = (mamba, mamba2, mamba3, moving_average, preference_attention, recblr, rotating_scan, tim4rec)
+LAYERS = (causal_conv, mamba, mamba2, mamba3, moving_average, preference_attention, recblr, rotating_scan)
 OP_PARTS = {
     "selective_scan": "scan",
     "selective_scan_last": "scan",

@@ -1,7 +1,16 @@
 """Result files as Markdown."""
 
+from collections.abc import Container, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: Container[int] = (0,)) -> list[str]:
+    """A table's lines; columns with the numbers ``text`` stand to the left, those of numbers to the right."""
+    rule = ["---" if i in text else "---:" for i in range(len(heads))]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:])]
 
 
 def write_section(path: Path, key: str, text: str) -> None:
@@ -33,17 +42,19 @@ def ops_table(found: dict[str, Any]) -> str:
         "was held before, and time over that of the least traffic at this machine's copy rate "
         f"({found['copy_bytes_per_s'] / 1e9:.0f} GB/s).",
     ]
-    heading = None
-    for case in found["cases"]:
-        title = f"{case['op']} {' '.join(f'{k} {v}' for k, v in case['sizes'].items())}, {case['dtype']}"
-        if title != heading:
-            heading = title
-            lines += ["", f"#### {title}", ""]
-            lines.append("| length | tokens | candidate | ms | times as fast | MiB | times the floor |")
-            lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
-        for name, row in case["results"].items():
-            lines.append(f"| {case['length']} | {case['tokens']} | {name} | {' | '.join(_cells(case, row))} |")
+    heads = ["length", "tokens", "candidate", "ms", "times as fast", "MiB", "times the floor"]
+    for title, cases in groupby(found["cases"], _title):
+        rows = [
+            [str(case["length"]), str(case["tokens"]), name, *_cells(case, row)]
+            for case in cases
+            for name, row in case["results"].items()
+        ]
+        lines += ["", f"#### {title}", "", *markdown_table(heads, rows, text=(0, 2))]
     return "\n".join(lines)
+
+
+def _title(case: dict[str, Any]) -> str:
+    return f"{case['op']} {' '.join(f'{k} {v}' for k, v in case['sizes'].items())}, {case['dtype']}"
 
 
 def _cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -79,16 +90,17 @@ def profile_table(found: dict[str, Any], picture: str) -> str:
         )
         host = any("host_ms_per_step" in row for row in model["parts"])
         heads = ["part", "ms a step", *(["host ms"] * host), "s an epoch", "share", "floor s", "times the floor"]
-        lines += ["", f"| {' | '.join(heads)} | by |", f"| --- |{' ---: |' * (len(heads) - 1)} --- |"]
+        rows = []
         for row in model["parts"]:
             cells = [row["part"], f"{row['ms_per_step']:.3g}"]
             cells += [f"{row['host_ms_per_step']:.3g}"] if host and "host_ms_per_step" in row else [""] * host
             cells += [f"{row['seconds_per_epoch']:.3g}", f"{row['share']:.1%}", *_floor_cells(row)]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
         sums = ["**step**", f"{model['ms_per_step']:.4g}", *([""] * host), f"{model['seconds_per_epoch']:.4g}", "100%"]
-        lines.append(f"| {' | '.join(sums)} | | | |")
+        rows.append([*sums, "", "", ""])
         evaluation = ["evaluation", "", *([""] * host), f"{model['evaluation']['seconds']:.3g}", ""]
-        lines.append(f"| {' | '.join(evaluation + _floor_cells(model['evaluation']))} |")
+        rows.append([*evaluation, *_floor_cells(model["evaluation"])])
+        lines += ["", *markdown_table([*heads, "by"], rows, text=(0, len(heads)))]
     lines += ["", "How it is measured:", "", *(f"- {key}: {text}." for key, text in found["protocol"].items())]
     lines += ["", "What the floors count:", "", *(f"- {part}: {text}." for part, text in found["floors"].items())]
     return "\n".join(lines)

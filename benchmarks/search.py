@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.report import markdown_table
+
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"epochs": 3, "train_batch_size": 512, "show_progress": False, "state": "ERROR"}
 SPACE = {"learning_rate": [0.001, 0.002], "dropout_prob": [0.1, 0.2]}
@@ -73,10 +75,10 @@ def _table(found: dict[str, Any]) -> str:
         f"Four trials of {found['model']} on {found['dataset']}, {found['settings']['epochs']} epochs each, without "
         f"early stopping; Ray runs already. Rounds in which all three take turns: {rounds}.",
         "",
-        "| trials | seconds | times as fast as one at a time, on one core |",
-        "| --- | ---: | ---: |",
     ]
+    rows = []
     for way, times in seconds.items():
         ratio = median(other / own for other, own in zip(next(iter(seconds.values())), times, strict=True))
-        lines.append(f"| {way} | {median(times):.0f} | {ratio:.2f} |")
-    return "\n".join(lines)
+        rows.append([way, f"{median(times):.0f}", f"{ratio:.2f}"])
+    heads = ["trials", "seconds", "times as fast as one at a time, on one core"]
+    return "\n".join(lines + markdown_table(heads, rows))

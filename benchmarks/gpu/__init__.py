@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.jobs import Row, run
+from benchmarks.report import markdown_table, versions, write_section
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,8 +120,7 @@ def table(found: dict[str, Any]) -> str:
     about = found["environment"]
     part = import_module(f"benchmarks.gpu.{found['part']}")
     lines = [f"#### `gpu {found['part']}` on {about['device']}", ""]
-    told = [f"{name} {version}" for name, version in about["versions"].items() if "not" not in version]
-    told += [f"driver {about['driver']}"] if "driver" in about else []
+    told = [versions(about), *([f"driver {about['driver']}"] if "driver" in about else [])]
     lines += [f"Commit {about['commit']}, {about['date']}; {', '.join(told)}. {found['seconds']:.0f} s.", ""]
     lines += part.table(found["rows"])
     lines += ["", *failures(found["rows"])]
@@ -137,14 +137,12 @@ def failures(rows: list[Row]) -> list[str]:
 
 def grid(heads: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table; None is an empty cell."""
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
-    return lines + [f"| {' | '.join('' if cell is None else _number(cell) for cell in row)} |" for row in rows]
+    cells = [["" if cell is None else _number(cell) for cell in row] for row in rows]
+    return markdown_table(heads, cells, text=range(len(heads)))
 
 
 def report(folder: Path, page: Path) -> None:
     """Write the tables of all result files in ``folder`` into ``page``, a section a device."""
-    from benchmarks.report import write_section
-
     sections: dict[str, list[str]] = {}
     for part in PARTS:
         for file in sorted(folder.glob(f"gpu-{part}-*.json")):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks.report import markdown_table
+
 
 def differ(here: dict[str, Any], old: dict[str, Any] | None) -> bool:
     """Whether both ran and one of their metrics is another number, to six decimals."""
@@ -44,11 +46,10 @@ def table(result: dict[str, Any]) -> str:
         f"all metrics of both sets are the same to six decimals for {equal[0]}, and for {equal[1]} more once the "
         f"optimizer takes RecBole's steps instead of fused ones. Of all {whole} train on whole histories.",
         "",
-        "| model | family | runs | equal | sequence mode |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for (name, model), verdict in zip(models.items(), verdicts, strict=True):
         runs = "yes" if "metrics" in model["here"] else f"no: {model['here']['error']}"
-        cells = [name, model["family"], runs, verdict, model["sequence_mode"] or ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, model["family"], runs, verdict, model["sequence_mode"] or ""])
+    heads = ["model", "family", "runs", "equal", "sequence mode"]
+    return "\n".join(lines + markdown_table(heads, rows, text=range(len(heads))))

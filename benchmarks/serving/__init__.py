@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, slug
-from benchmarks.report import versions, write_section
+from benchmarks.report import markdown_table, versions, write_section
 from benchmarks.serving import answers, events, everyone, index, memory, rules, servers
 from benchmarks.serving.contenders import ROOT
 
@@ -70,7 +70,6 @@ def _tables(found: dict[str, Any]) -> str:
         )  # parts can be of several runs
         when = f"Commit {part['commit']}, {part['date']}{elsewhere}"
         lines += ["", f"#### {part['title']}", "", f"{when}. {part['settings']}.", ""]
-        lines += [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-        lines += [f"| {' | '.join(map(str, row.values()))} |" for row in part["rows"]]
+        lines += markdown_table(heads, [list(map(str, row.values())) for row in part["rows"]])
         lines += ["", *(f"- {key}: {text}." for key, text in part["protocol"].items())]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.report import versions
+from benchmarks.report import markdown_table, versions
 
 MIB = 2**20
 
@@ -40,9 +40,7 @@ def _settings(part: dict[str, Any]) -> str:
 
 def _table(head: str, rows: list[list[str]]) -> list[str]:
     """A table whose columns are named in ``head``, separated by ``|``; the first is text and the others numbers."""
-    columns = [name.strip() for name in head.split("|")]
-    rule = "| --- |" + " ---: |" * (len(columns) - 1)
-    return [f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+    return markdown_table([name.strip() for name in head.split("|")], rows)
 
 
 def _number(value: float | None) -> str:
