@@ -271,26 +271,8 @@ class Config(recbole.config.Config):
         final = super()._get_final_config_dict()
         final = {key: native(value) for key, value in final.items()}
         if final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-            if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
-                fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
-                final["load_col"] = {"inter": [final[field] for field in fields]}
-            if isinstance(final.get("item_features"), list) and isinstance(final["load_col"], dict):
-                loaded = final["load_col"].get("item", [])
-                if isinstance(loaded, list):
-                    loaded = list(dict.fromkeys([final["ITEM_ID_FIELD"], *loaded, *final["item_features"]]))
-                final["load_col"] = {**final["load_col"], "item": loaded}
-            # RecBole would complete it for a random split, which no sequential model can be evaluated by.
-            if isinstance(final["eval_args"], dict):
-                final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
-            # Not what a property file says, for it may have been written for another loss; SINE wants pairs with any.
-            by_loss = getattr(self.model_class, "input_type", None) != InputType.PAIRWISE
-            by_loss &= str(final.get("loss_type")) in NEGATIVES
-            if by_loss and "train_neg_sample_args" not in self.external_config_dict:
-                final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
-            # Nor is an item left out of a loss that does not know how.
-            softmax = final.get("loss_type") == "CE" and not final.get("label_smoothing")
-            if final.get("allow_repeats") is False and not softmax and "allow_repeats" not in self.external_config_dict:
-                final["allow_repeats"] = True
+            self._complete_data(final)
+            self._complete_loss(final)
         if final.get("train_mode") == "sequence":
             # Of RecBole's models; ours have them in overall.yaml.
             final.setdefault("time_order", "exact")
@@ -303,6 +285,32 @@ class Config(recbole.config.Config):
         if not final["use_gpu"]:
             final["gpu_id"] = ""  # by which alone RecBole chooses the device
         return final
+
+    def _complete_data(self, final: dict[str, Any]) -> None:
+        """Load the columns that a sequential model reads, and keep to its split."""
+        if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
+            fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
+            final["load_col"] = {"inter": [final[field] for field in fields]}
+        if isinstance(final.get("item_features"), list) and isinstance(final["load_col"], dict):
+            loaded = final["load_col"].get("item", [])
+            if isinstance(loaded, list):
+                loaded = list(dict.fromkeys([final["ITEM_ID_FIELD"], *loaded, *final["item_features"]]))
+            final["load_col"] = {**final["load_col"], "item": loaded}
+        # RecBole would complete it for a random split, which no sequential model can be evaluated by.
+        if isinstance(final["eval_args"], dict):
+            final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}
+
+    def _complete_loss(self, final: dict[str, Any]) -> None:
+        """Let what follows from the loss follow from the final one, where nobody asked for anything else."""
+        # Not what a property file says, for it may have been written for another loss; SINE wants pairs with any.
+        by_loss = getattr(self.model_class, "input_type", None) != InputType.PAIRWISE
+        by_loss &= str(final.get("loss_type")) in NEGATIVES
+        if by_loss and "train_neg_sample_args" not in self.external_config_dict:
+            final["train_neg_sample_args"] = copy.deepcopy(NEGATIVES[final["loss_type"]])
+        # Nor is an item left out of a loss that does not know how.
+        softmax = final.get("loss_type") == "CE" and not final.get("label_smoothing")
+        if final.get("allow_repeats") is False and not softmax and "allow_repeats" not in self.external_config_dict:
+            final["allow_repeats"] = True
 
     def _check(self, final: dict[str, Any]) -> None:
         """Hold the settings to the schema, before anything is loaded by them."""
