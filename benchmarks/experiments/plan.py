@@ -51,6 +51,7 @@ DENSE_VARIANTS: dict[str, Settings] = {
     "whole model": {},
     "w/o seen items": {"allow_repeats": False},
     "hidden size 128": {"hidden_size": 128},
+    "attention window 10": {"attention_window": 10},
     "with filter": {"filter_share": 0.3},
     "one layer": {"num_layers": 1},
     "w/o feed-forward": {"feed_forward": False},
