@@ -5,12 +5,14 @@ its bytes in the comment that the zip format has room for.
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import random
 import struct
 import tempfile
 import time
+import warnings
 import zipfile
 from contextlib import suppress
 from functools import lru_cache
@@ -88,19 +90,21 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} not found.")
-    damaged = f"{path} is damaged or no checkpoint at all: {REMEDY}"
+    damaged, told = f"{path} is damaged or no checkpoint at all: {REMEDY}", []
     try:
         with path.open("rb") as file:
             whole = _is_whole(file)
             if whole is False:
                 raise UserError(damaged)
             file.seek(0)
-            state = torch.load(file, map_location=device, weights_only=True)
+            with warnings.catch_warnings(record=True) as told:
+                state = torch.load(file, map_location=device, weights_only=True)
         state = _decode(state)
     except UserError:
         raise
     except Exception as error:  # torch.load raises half a dozen types for a damaged file, undocumented
-        if "GLOBAL" in str(error):  # how torch names a Python object that it will not make
+        # How torch names a Python object that it will not make, and a pickle that is none of its own.
+        if "GLOBAL" in str(error) or any("pickle protocol" in str(warning.message) for warning in told):
             raise UserError(
                 f"{path} holds Python objects, which could run code when loaded (RecBole's own checkpoints do): "
                 "train it again with recbole-ssm."
@@ -253,9 +257,8 @@ def _state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What such an optimizer keeps of a parameter once it has made a step."""
     weight = torch.zeros(1, 1, requires_grad=True)
     weight.grad = torch.zeros(1, 1)
-    settings = {
-        key: value for key, value in optimizer.defaults.items() if key not in ("fused", "capturable", "foreach")
-    }
+    taken = inspect.signature(type(optimizer)).parameters.keys() - {"fused", "capturable", "foreach"}
+    settings = {key: value for key, value in optimizer.defaults.items() if key in taken}
     twin = type(optimizer)([weight], **{**settings, "lr": float(settings["lr"])})
     twin.step()
     return {key: value for key, value in twin.state[weight].items() if value is not None}

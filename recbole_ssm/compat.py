@@ -7,6 +7,7 @@
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -127,6 +128,11 @@ class SinglePrecision:
     def __init__(self, config, dataset):
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self.relation_Matrix = self.relation_Matrix.float()
+
+
+def ignore_recboles_warnings() -> None:
+    """Pass over what RecBole does that torch and pandas warn of: it is not for the person at a command to mend."""
+    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
 
 
 MIXINS: dict[str, type] = {"KGAT": WithoutDgl, "KSR": SinglePrecision}

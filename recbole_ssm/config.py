@@ -215,7 +215,9 @@ class Config(recbole.config.Config):
         except (ValueError, AttributeError, ModuleNotFoundError) as error:
             name = model or self.external_config_dict["model"]
             if name in list_models():
-                raise UserError(f"model {name} cannot be loaded: {error}.") from error
+                absent = isinstance(error, ModuleNotFoundError) and error.name
+                remedy = f" Install it: pip install {absent}" if absent else ""
+                raise UserError(f"model {name} cannot be loaded: {error}.{remedy}") from error
             raise UserError(f"unknown model {name!r}{near(name, list_models())} --list_models names all.") from error
 
     def _load_internal_config_dict(self, model, model_class, dataset):
@@ -291,11 +293,12 @@ class Config(recbole.config.Config):
         if final["load_col"] == SAMPLE_LOAD_COL and "load_col" not in self.external_config_dict:
             fields = ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
             final["load_col"] = {"inter": [final[field] for field in fields]}
-        if isinstance(final.get("item_features"), list) and isinstance(final["load_col"], dict):
-            loaded = final["load_col"].get("item", [])
-            if isinstance(loaded, list):
-                loaded = list(dict.fromkeys([final["ITEM_ID_FIELD"], *loaded, *final["item_features"]]))
-            final["load_col"] = {**final["load_col"], "item": loaded}
+        for setting in ("item_features", "selected_features"):  # the second is that of RecBole's own models
+            if isinstance(final.get(setting), list) and isinstance(final["load_col"], dict):
+                loaded = final["load_col"].get("item", [])
+                if isinstance(loaded, list):
+                    loaded = list(dict.fromkeys([final["ITEM_ID_FIELD"], *loaded, *final[setting]]))
+                final["load_col"] = {**final["load_col"], "item": loaded}
         # RecBole would complete it for a random split, which no sequential model can be evaluated by.
         if isinstance(final["eval_args"], dict):
             final["eval_args"] = {**self.internal_config_dict["eval_args"], **final["eval_args"]}

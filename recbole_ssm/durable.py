@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+import shlex
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -142,7 +143,10 @@ class DurableTraining(Trainer):
         if self._written_epoch is None:
             return "nothing was saved yet."
         file = self.saved_model_file
-        return f"epochs up to {self._written_epoch} are kept in {file}; continue with: run_recbole --resume {file}"
+        return (
+            f"epochs up to {self._written_epoch} are kept in {file}; continue with: run_recbole --resume "
+            f"{shlex.quote(str(file))}"
+        )
 
     def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False):
         self._epoch = epoch_idx

@@ -1,6 +1,7 @@
 """Train, test, load: RecBole's ``quick_start`` with its signatures and return values."""
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch
 from recbole.data.transform import construct_transform
 from recbole.utils import (
     EvaluatorType,
+    FeatureType,
+    ModelType,
     calculate_valid_score,
     get_environment,
     get_flops,
@@ -29,6 +32,7 @@ from recbole_ssm.distributed import rank, world_size
 from recbole_ssm.distributed.launch import launch, run_rank
 from recbole_ssm.doctor import prefetch
 from recbole_ssm.errors import UserError
+from recbole_ssm.layers.item_features import check_is_column
 from recbole_ssm.logs import start_logging
 from recbole_ssm.places import CHECKPOINTS_REMEDY, check_folder
 from recbole_ssm.registry import MODELS, model_class
@@ -52,15 +56,17 @@ def run_recbole(model=None, dataset=None, config_file_list=None, config_dict=Non
         queue (torch.multiprocessing.Queue): where a spawned process puts its result.
 
     Returns:
-        dict: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``.
+        dict: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``, and ``checkpoint``,
+        the model's file, None where it is not ``saved``.
 
     Raises:
         UserError: for settings, data or folders that cannot be used.
     """
     run = train_and_test(Config(model, dataset, config_file_list, config_dict), saved=saved)
+    result = {**run.result, "checkpoint": run.checkpoint}
     if queue is not None and run.config["local_rank"] == 0:
-        queue.put(run.result)
-    return run.result
+        queue.put(result)
+    return result
 
 
 def train_and_test(
@@ -100,7 +106,12 @@ def fit(
     best_valid_score, best_valid_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"], callback_fn=callback_fn
     )
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    try:
+        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    except KeyboardInterrupt:
+        file = shlex.quote(str(trainer.saved_model_file))
+        again = f"; test it with: run_recbole --checkpoint {file} --mode evaluate" if saved else "."
+        raise KeyboardInterrupt(f"interrupted in the test, after training{again}") from None
 
     logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
     result = {
@@ -256,6 +267,7 @@ def build_model(config: Config, train_data):
     """A freshly initialised model on the configured device."""
     prefetch(config)
     _refuse_pickles(config, train_data._dataset)
+    _check_features(config, train_data._dataset)
     init_seed(config["seed"] + rank(), config["reproducibility"])
     try:
         return model_class(config)(config, train_data._dataset).to(config["device"])
@@ -263,6 +275,20 @@ def build_model(config: Config, train_data):
         raise
     except ValueError as error:
         raise UserError(f"{config['model']} cannot be built with these settings: {error}.") from error
+
+
+def _check_features(config: Config, dataset: Any) -> None:
+    """Look for the columns that RecBole's own models with item features read, of which some can be no numbers."""
+    selected = config["selected_features"]
+    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL or not isinstance(selected, list):
+        return
+    for field in selected:
+        check_is_column(dataset, "selected_features", field)
+    numbers = [field for field in selected if dataset.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)]
+    if numbers and (config["model"] != "FDSA" or len(numbers) == len(selected)):
+        raise UserError(
+            f"selected_features names {', '.join(numbers)}, of numbers: {config['model']} wants columns of tokens."
+        )
 
 
 def _refuse_pickles(config: Config, dataset: Any) -> None:

@@ -118,6 +118,16 @@ def test_resume_is_bit_for_bit(name):
             assert torch.equal(value, moments[1][index][key])
 
 
+@pytest.mark.parametrize("learner", ["adam", "adamw", "sgd", "adagrad", "rmsprop"])
+def test_every_learner_resumes(learner):
+    write_dataset("tiny", random_rows())
+    settings = {"learner": learner, "weight_decay": 0.01, "clip_grad_norm": {"max_norm": 1.0}}
+    whole = train_and_test(small_config("Mamba4Rec", epochs=2, checkpoint_dir="whole", **settings))
+    first = train_and_test(small_config("Mamba4Rec", epochs=1, checkpoint_dir="parts", **settings))
+    resumed = train_and_test(config_of(first.checkpoint, {"epochs": 2}), resume_file=first.checkpoint)
+    assert resumed.result == whole.result
+
+
 def make_config(name, settings):
     if name in MODELS:
         return small_config(name, **settings)
@@ -216,6 +226,9 @@ def test_recbole_checkpoints_are_refused_in_words():
     torch.save({"config": config, "state_dict": {}}, "recbole.pth")
     with pytest.raises(UserError, match="RecBole's own checkpoints do"):
         load_data_and_model("recbole.pth")
+    torch.save({"config": config, "state_dict": {}}, "as_recbole_does.pth", pickle_protocol=4)
+    with pytest.raises(UserError, match="RecBole's own checkpoints do"):
+        load_data_and_model("as_recbole_does.pth")
 
 
 def test_nan_loss_keeps_the_last_epoch():

@@ -205,4 +205,5 @@ def test_run_takes_recboles_arguments():
     write_dataset("tiny", random_rows())
     settings = {**small_settings("Mamba4Rec"), "epochs": 1, "state": "ERROR", "show_progress": False}
     result = run("Mamba4Rec", "tiny", None, settings, True, 1, -1, "localhost", "5678", 0)
-    assert result.keys() == {"best_valid_score", "valid_score_bigger", "best_valid_result", "test_result"}
+    assert result.keys() == {"best_valid_score", "valid_score_bigger", "best_valid_result", "test_result", "checkpoint"}
+    assert Path(result["checkpoint"]).is_file()

@@ -1,7 +1,7 @@
 """Commands: argument parsing, and how they end."""
 
+import os
 import sys
-import warnings
 from collections.abc import Callable
 
 
@@ -17,15 +17,19 @@ def run(command: str, job: Callable[[], int | None], interrupted: str = "interru
         The job's status, or 0; 1 where something cannot be written; 2 for another
         :class:`~recbole_ssm.errors.UserError`; 130 where it was interrupted.
     """
-    # What RecBole does that torch and pandas warn of is not for the person at the command to mend.
-    warnings.filterwarnings("ignore", module=r"recbole\.|thop\.")
+    from recbole_ssm.compat import ignore_recboles_warnings
     from recbole_ssm.errors import CannotWrite, UserError
+
+    ignore_recboles_warnings()
 
     try:
         return job() or 0
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, CannotWrite) else 2
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, which Python writes into as it ends
+        return 1
     except KeyboardInterrupt as interrupt:
         print(f"\n{command}: {str(interrupt) or interrupted}", file=sys.stderr)
         return 130

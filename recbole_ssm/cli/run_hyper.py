@@ -1,6 +1,7 @@
 """``run_hyper``: search a model's settings with Ray Tune."""
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
     else:
         if args.tool == "Hyperopt" and options.setdefault("algorithm", "grid") != "grid":
             raise UserError(f"--tool=Hyperopt is an exhaustive search: leave --search_alg={args.algorithm} out.")
-        files = args.config_files.split() if args.config_files else None
+        files = shlex.split(args.config_files) if args.config_files else None
         model, dataset = model_and_dataset(args, files)
         results = tune(model, dataset, files, settings, space=args.params_file, address=args.address, **options)
 
@@ -107,9 +108,10 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
     print("best params: " + ", ".join(f"{name}: {value}" for name, value in winner["params"].items()))
     print(f"best valid : {winner['best_valid_result']}")
     print(f"test result: {winner['test_result']}")
-    print(f"run_recbole --config_files={folder / BEST_SETTINGS} trains it again; all else is in {folder}")
+    again = f"--config_files={shlex.quote(str(folder / BEST_SETTINGS))}"
+    print(f"run_recbole {again} trains it again; all else is in {folder}")
     if "unfinished" in ends:
-        print(f"unfinished trials go on with: run_hyper --resume {folder}")
+        print(f"unfinished trials go on with: run_hyper --resume {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

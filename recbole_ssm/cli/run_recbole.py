@@ -1,6 +1,7 @@
 """``run_recbole``: train and test a model, continue a run, or evaluate a checkpoint."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -119,7 +120,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
         return diagnose(anew=args.force)
     settings = parse_settings(rest)
-    files = args.config_files.split() if args.config_files else None
+    files = shlex.split(args.config_files) if args.config_files else None
     if args.mode == "evaluate" and args.checkpoint is None:
         raise UserError("--mode evaluate needs --checkpoint FILE.")
     if args.mode == "train" and args.checkpoint is not None:

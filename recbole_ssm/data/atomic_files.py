@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ class AtomicFiles(SplitFiles, Filters, ListColumns):
 
     own_columns: tuple[str, ...] = ()
     learned_from: dict[str, Any]
+
+    def _dataframe_to_interaction(self, data):
+        with warnings.catch_warnings():
+            # Of a frame's columns, which nobody writes to afterwards.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return super()._dataframe_to_interaction(data)
 
     def _download(self):
         """As RecBole's, but a broken download leaves nothing behind, and a single process needs no process group."""

@@ -14,6 +14,7 @@ import numba
 import torch
 from torch.multiprocessing import ProcessExitedException
 
+from recbole_ssm.compat import ignore_recboles_warnings
 from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError
 
@@ -74,6 +75,10 @@ def _run(job, settings):
     try:
         while not workers.join():
             pass
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; the log names the checkpoint, from which the run goes on with --resume."
+        ) from None
     except ProcessExitedException as error:
         if not queue.empty():
             raise queue.get() from error
@@ -95,6 +100,7 @@ def run_rank(rank: int, job: Callable[[dict[str, Any]], Any], settings: dict[str
         queue: where the first process puts what the job returned, and any process the :class:`UserError` that ends it.
     """
     threading.Thread(target=_end_with_launcher, daemon=True).start()
+    ignore_recboles_warnings()
     # Each process would take all cores, by torch and by numba.
     torch.set_num_threads(max(1, torch.get_num_threads() // settings["nproc"]))
     numba.set_num_threads(max(1, numba.get_num_threads() // settings["nproc"]))

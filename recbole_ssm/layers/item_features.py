@@ -140,20 +140,29 @@ class ItemFeatures(nn.Module):
         super()._load_from_state_dict(*args)
 
 
+def check_is_column(dataset: Any, setting: str, field: str) -> None:
+    """Look for a column of the ``.item`` file that a setting names.
+
+    Raises:
+        UserError: where there is none, naming those that there are.
+    """
+    features = dataset.get_item_feature()
+    if features is not None and field in features and field != dataset.iid_field:
+        return
+    file = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
+    if not file.is_file():
+        raise UserError(f"{setting} names {field!r}, but there is no file {file} with such a column.")
+    known = [name for name in AtomicFile(file, *file_format(dataset.config)).columns if name != dataset.iid_field]
+    raise UserError(f"{setting} names {field!r}, which is no column of {file}: choose of {', '.join(known) or 'none'}.")
+
+
 def _column(dataset: Any, field: str, size: int, has_data: bool) -> Tokens | Number:
     if not has_data:
         if field in dataset.field2id_token:
             return Tokens(torch.zeros(0, 1, dtype=torch.int64), dataset.num(field), size)
         return Number(torch.zeros(0, 1), size)
+    check_is_column(dataset, "item_features", field)
     features = dataset.get_item_feature()
-    if field not in features or field == dataset.iid_field:
-        file = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
-        if not file.is_file():
-            raise UserError(f"item_features names {field!r}, but there is no file {file} with such a column.")
-        known = [name for name in AtomicFile(file, *file_format(dataset.config)).columns if name != dataset.iid_field]
-        raise UserError(
-            f"item_features names {field!r}, which is no column of {file}: choose of {', '.join(known) or 'none'}."
-        )
     kind, values = dataset.field2type[field], features[field]
     if kind == FeatureType.FLOAT_SEQ:
         raise UserError(

@@ -95,8 +95,13 @@ class Search:
         assert self.num_samples is not None
         return self.num_samples * (math.prod(map(len, grids)) if self.algorithm == "grid" else 1)
 
-    def chosen(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A trial's values as settings: steps of ``quniform`` without the error of their multiplication."""
+    def chosen(self, values: dict[str, Any] | None) -> dict[str, Any]:
+        """A trial's values as settings: steps of ``quniform`` without the error of their multiplication.
+
+        A trial that never began has none.
+        """
+        if values is None:
+            return {}
         return {
             name: parameter.round(values[name]) if parameter.kind == "quniform" else values[name]
             for name, parameter in self.parameters().items()

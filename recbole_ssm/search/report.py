@@ -3,6 +3,7 @@
 import html
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,9 @@ def best(results: "ResultGrid", search: Search) -> "Result":
     scored = [result for result in results if METRIC in (result.metrics or {}) and result.checkpoint is not None]
     if not scored:
         failures = {reason(result.error) for result in results if result.error is not None}
-        raise UserError("no trial came to an evaluation" + (": " + "; ".join(sorted(failures)) if failures else "."))
+        why = ": " + "; ".join(sorted(failures)) if failures else "."
+        more = f" Unfinished trials go on with: run_hyper --resume {shlex.quote(results.experiment_path)}"
+        raise UserError(f"no trial came to an evaluation{why}{more if 'unfinished' in statuses(results) else ''}")
     return (max if search.bigger else min)(scored, key=lambda result: result.metrics[METRIC])
 
 

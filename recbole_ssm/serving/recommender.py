@@ -217,7 +217,7 @@ class Recommender:
                 :func:`~recbole_ssm.serving.histories.read_histories` refuses.
         """
         histories, _ = self.read(sequences, times, at)
-        wanted = np.array([self.vocabulary.id(token) for token in items], dtype=np.int64)
+        wanted = np.array([self.vocabulary.id(token) for token in _listed("items", items)], dtype=np.int64)
         found = np.full((len(histories), len(wanted)), np.nan, np.float32)
         some = np.flatnonzero(histories.lengths)
         if len(some) and len(wanted):
@@ -268,7 +268,10 @@ class Recommender:
     ) -> np.ndarray:
         """Ids of what may be recommended, ascending; see :meth:`recommend`."""
         ids = np.arange(1, self.vocabulary.item_num)
+        if filter is not None and not callable(filter):
+            raise UserError(f"filter is {filter!r}: give a function of an item's token.")
         if candidates is not None:
+            candidates = _listed("candidates", candidates)
             ids = np.unique(self.vocabulary.ids(candidates))
             ids = ids[ids > 0]
         if filter is not None:
@@ -381,6 +384,12 @@ class Recommender:
         if not isinstance(table, torch.nn.Embedding) or table.num_embeddings < self.vocabulary.item_num:
             raise UserError(f"{self.config['model']} has no table of item embeddings.")
         return (self.model.item_table() if self.packs else table.weight)[: self.vocabulary.item_num]
+
+
+def _listed(name: str, given: Iterable[Any]) -> list[Any]:
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise UserError(f"{name} is {given!r}: give a list of items.")
+    return list(given)
 
 
 def _checked(k: int) -> int:

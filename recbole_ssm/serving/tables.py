@@ -1,6 +1,7 @@
 """Interactions read from files a batch at a time, however large: RecBole's atomic files, CSV and Parquet."""
 
 import csv
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from recbole_ssm.errors import UserError
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.float64())])
 TEXT_AT_A_TIME, ROWS_AT_A_TIME = 1 << 22, 1 << 17
+KINDS = (".inter", ".csv", ".parquet")
 BYTES_OF_A_ROW = 32  # what a row of Parquet counts in `size`
 
 
@@ -44,6 +46,10 @@ class Interactions:
     encoding: str = "utf-8"
 
     def __post_init__(self):
+        if self.path.is_dir():
+            others = sorted({file.name for file in self.path.iterdir()} - {file.name for file in self.files})
+            if others := [name for name in others if not name.startswith((".", "_"))]:  # as other programs mark theirs
+                logging.getLogger().warning(f"{self.path} holds more that is not read: {', '.join(others)}")
         with_time = set()
         for file in self.files:
             names, types = self._names(file)
@@ -56,20 +62,20 @@ class Interactions:
     def files(self) -> list[Path]:
         """In the order in which they are read."""
         if self.path.is_dir():
-            files = sorted(self.path.glob("*.parquet"))
+            files = sorted(file for file in self.path.iterdir() if file.suffix in KINDS)
             if not files:
-                raise UserError(f"{self.path} holds no file .parquet.")
+                raise UserError(f"{self.path} holds no file .inter, .csv or .parquet.")
             return files
         if not self.path.is_file():
             raise UserError(f"{self.path} not found.")
-        if self.path.suffix not in (".inter", ".csv", ".parquet"):
+        if self.path.suffix not in KINDS:
             raise UserError(f"{self.path} is of no kind that is known: give a file .inter, .csv or .parquet.")
         return [self.path]
 
     @property
     def rows(self) -> int | None:
         """How many there are, where that is known beforehand."""
-        if self.files[0].suffix != ".parquet":
+        if any(file.suffix != ".parquet" for file in self.files):
             return None
         return sum(_opened(file).metadata.num_rows for file in self.files)
 
@@ -77,7 +83,7 @@ class Interactions:
     def size(self) -> int:
         """Bytes of text, or as many as text would have."""
         rows = self.rows
-        return self.path.stat().st_size if rows is None else rows * BYTES_OF_A_ROW
+        return sum(file.stat().st_size for file in self.files) if rows is None else rows * BYTES_OF_A_ROW
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows in order, users and items as text; without the column ``time`` where there is none.

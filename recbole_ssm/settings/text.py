@@ -95,7 +95,9 @@ def sentence(schema: type[BaseModel], settings: dict[str, Any], error: Validatio
         if part not in inner.model_fields:
             return f"{where} has no {part!r}{near(part, list(inner.model_fields))}"
         field, value, where = inner.model_fields[part], value.get(part), f"{part} of {where}"
-    return f"{where} is {value!r}: choose {allowed(field)}."
+    choice = allowed(field)
+    example = """, such as "['a', 'b']\"""" if choice.startswith("a list") and isinstance(value, str) else ""
+    return f"{where} is {value!r}: choose {choice}{example}."
 
 
 def _model(field: FieldInfo) -> type[BaseModel] | None:

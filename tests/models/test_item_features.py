@@ -122,13 +122,30 @@ def test_a_checkpoint_has_what_its_columns_said(tiny):
     [
         ({"item_features": ["colour"]}, r"names 'colour', which is no column of .*tiny\.item: choose of .*cover"),
         ({"item_features": ["cover"]}, r"item_features names 'cover', a column of several numbers"),
-        ({"item_features": "kind"}, r"item_features is 'kind': choose a list"),
+        ({"item_features": "kind"}, r"item_features is 'kind': choose a list, .*such as \"\['a', 'b'\]\""),
         ({"score_features": True}, r"score_features is True without item_features"),
     ],
 )
 def test_columns_that_cannot_be_read_are_refused(tiny, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         build("Mamba4Rec", **settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "columns", "sentence"),
+    [
+        ("SASRecF", ["colour"], r"selected_features names 'colour', which is no column of .*choose of .*cover"),
+        ("GRU4RecF", ["kind", "cover"], r"selected_features names cover, of numbers: GRU4RecF wants columns of tokens"),
+        ("FDSA", ["cover"], r"selected_features names cover, of numbers: FDSA wants"),
+    ],
+)
+def test_columns_that_recboles_models_cannot_read_are_refused(tiny, model, columns, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build(model, selected_features=columns)
+
+
+def test_recboles_models_load_the_columns_that_they_read(tiny):
+    assert build("SASRecF", selected_features=["kind"])[1].selected_features == ["kind"]
 
 
 def test_columns_of_a_file_that_is_not_there_are_refused():

@@ -9,6 +9,12 @@ from recbole_ssm.search.definition import METRIC
 from recbole_ssm.search.report import draw
 
 
+def test_a_trial_that_never_began_has_no_values():
+    search = Search({"model": "m", "dataset": "d"}, {"x": [1, 2]})
+    assert search.chosen({"x": 1}) == {"x": 1}
+    assert search.chosen(None) == {}
+
+
 def test_names_and_values_are_text_in_the_pictures(tmp_path):
     script = "</script><script>alert(1)</script>"
     search = Search({"model": script, "dataset": script}, {script: ["a", script]})

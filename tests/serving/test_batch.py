@@ -234,7 +234,7 @@ BAD = [
     ("a.parquet", {"user_id": [1.5], "item_id": ["i1"]}, "has double in the column 'user_id'"),
     ("a.parquet", {"user_id": ["u"], "item_id": ["i1"], "timestamp": ["now"]}, "times are to be numbers"),
     ("a.parquet", {"user_id": ["u", None], "item_id": ["i1", "i1"]}, "has no user_id in row 2"),
-    (".", None, "holds no file .parquet"),
+    (".", None, "holds no file .inter, .csv or .parquet"),
 ]
 
 
@@ -301,6 +301,24 @@ def test_a_model_without_inner_products_has_no_index():
         batch.recommend_all(
             recommender("SASRec", **SASREC), written(interactions(9), "csv"), "out.parquet", index="faiss"
         )
+
+
+def test_a_folder_is_read_whole_whatever_kinds_are_in_it(caplog):
+    table = interactions(60)
+    one, *parts = np.array_split(np.arange(len(table)), 3)
+    Path("mixed").mkdir()
+    written(table.iloc[one], "csv").rename("mixed/a.csv")
+    written(table.iloc[parts[0]], "parquet").rename("mixed/b.parquet")
+    written(table.iloc[parts[1]], "inter").rename("mixed/c.inter")
+    Path("mixed/_SUCCESS").touch()
+    Path("mixed/notes.txt").touch()
+    served = recommender("Mamba4Rec")
+    batch.recommend_all(served, "mixed", "mixed.parquet")
+    batch.recommend_all(served, written(table, "csv"), "whole.parquet")
+    found, expected = (pd.read_parquet(f"{name}.parquet").sort_values(["user", "rank"]) for name in ("mixed", "whole"))
+    assert found["item"].tolist() == expected["item"].tolist()
+    assert "mixed holds more that is not read: notes.txt" in caplog.text
+    assert "_SUCCESS" not in caplog.text
 
 
 def test_candidates_are_read_as_ids_of_data_are():
