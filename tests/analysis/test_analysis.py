@@ -169,6 +169,8 @@ def test_expert_gates():
     for switch in ({"use_moe": False}, {"moe_level": "position"}):
         with pytest.raises(UserError, match="no mixture of experts for histories"):
             expert_gates(trained("STARRec", **switch)[0], test_data)
+    with pytest.raises(UserError, match="no mixture of experts for histories"):
+        expert_gates(trained("Mamba4Rec")[0], test_data)
 
 
 def test_a_broken_model_ranks_nothing_first():

@@ -84,7 +84,9 @@ def serve(served: Served, host: str = "127.0.0.1", port: int = 8000, workers: in
     Raises:
         UserError: for settings that do not go together, and an address that cannot be listened at.
     """
-    if workers < 1 or (workers > 1 and not served.redis):
+    if workers < 1:
+        raise UserError(f"workers is {workers}: at least one process is needed.")
+    if workers > 1 and not served.redis:
         raise UserError(f"workers is {workers}: several processes share their sessions by Redis, so add --redis.")
     app = served.app()
     listener = _listen(host, port)
