@@ -53,9 +53,10 @@ def expert_gates(model: STARRec, eval_data) -> np.ndarray:
     Raises:
         UserError: for a model without one, or whose mixture routes positions instead of histories.
     """
-    if getattr(model, "mixture", None) is None or model.routes_positions:
+    mixture = model.mixture if isinstance(model, STARRec) else None
+    if mixture is None or model.routes_positions:
         raise UserError("this model has no mixture of experts for histories (use_moe is off, or moe_level: position).")
-    return _outputs(model, eval_data, model.mixture.gate).softmax(-1).numpy()
+    return _outputs(model, eval_data, mixture.gate).softmax(-1).numpy()
 
 
 def gate_entropy(gates: np.ndarray) -> np.ndarray:
