@@ -75,9 +75,9 @@ def test_closing_lines(monkeypatch):
 
 def test_config_files(monkeypatch, tmp_path):
     write_dataset("tiny", random_rows())
-    for name, text in (("a.yaml", "epochs: 1\nhidden_size: 8\n"), ("b.yaml", "hidden_size: 16\nd_state: 4\n")):
+    for name, text in (("a.yaml", "epochs: 1\nhidden_size: 8\n"), ("b b.yaml", "hidden_size: 16\nd_state: 4\n")):
         Path(name).write_text(text)
-    words = ["-m", "Mamba4Rec", "-d", "tiny", "--config_files", "a.yaml b.yaml", *QUICK[2:], "--result_file=r.json"]
+    words = ["-m", "Mamba4Rec", "-d", "tiny", "--config_files", "a.yaml 'b b.yaml'", *QUICK[2:], "--result_file=r.json"]
     assert command(monkeypatch, *words) == 0
     config = json.loads(Path("r.json").read_text())["config"]
     assert (config["epochs"], config["hidden_size"], config["d_state"]) == (1, 16, 4)

@@ -1,8 +1,16 @@
 """Commands: argument parsing, and how they end."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
+
+
+def words(text: str | None) -> list[str] | None:
+    """Names separated by spaces, which quotes keep together; None where nothing was given."""
+    if not text:
+        return None
+    return text.split() if os.name == "nt" else shlex.split(text)  # to which Windows' paths are escapes
 
 
 def run(command: str, job: Callable[[], int | None], interrupted: str = "interrupted.") -> int:

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from recbole_ssm.cli import run
+from recbole_ssm.cli import run, words
 from recbole_ssm.cli.run_recbole import model_and_dataset, parse_settings
 
 DESCRIPTION = """\
@@ -31,7 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", "-m", help="name of the model (default: STARRec)")
     parser.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
-    parser.add_argument("--config_files", help="YAML files with settings, separated by spaces; later ones win")
+    parser.add_argument(
+        "--config_files",
+        help="YAML files with settings, separated by spaces (quote names that have some); later ones win",
+    )
     parser.add_argument(
         "--params_file", help="what is searched: YAML, or RecBole's format (default: the model's own space)"
     )
@@ -87,7 +90,7 @@ def _search(args: argparse.Namespace, settings: dict[str, str]) -> None:
     else:
         if args.tool == "Hyperopt" and options.setdefault("algorithm", "grid") != "grid":
             raise UserError(f"--tool=Hyperopt is an exhaustive search: leave --search_alg={args.algorithm} out.")
-        files = shlex.split(args.config_files) if args.config_files else None
+        files = words(args.config_files)
         model, dataset = model_and_dataset(args, files)
         results = tune(model, dataset, files, settings, space=args.params_file, address=args.address, **options)
 

@@ -1,12 +1,11 @@
 """``run_recbole``: train and test a model, continue a run, or evaluate a checkpoint."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
 
-from recbole_ssm.cli import run
+from recbole_ssm.cli import run, words
 
 DESCRIPTION = """\
 Train a model on a dataset in RecBole's atomic format and test it, by full ranking unless eval_args say otherwise.
@@ -35,7 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", "-m", help="name of the model (default: STARRec)")
     parser.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
-    parser.add_argument("--config_files", help="YAML files with settings, separated by spaces; later ones win")
+    parser.add_argument(
+        "--config_files",
+        help="YAML files with settings, separated by spaces (quote names that have some); later ones win",
+    )
     parser.add_argument("--list_models", action="store_true", help="print the names of all models and exit")
     parser.add_argument(
         "--doctor", action="store_true",
@@ -120,7 +122,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
         return diagnose(anew=args.force)
     settings = parse_settings(rest)
-    files = shlex.split(args.config_files) if args.config_files else None
+    files = words(args.config_files)
     if args.mode == "evaluate" and args.checkpoint is None:
         raise UserError("--mode evaluate needs --checkpoint FILE.")
     if args.mode == "train" and args.checkpoint is not None:
