@@ -330,6 +330,9 @@ class DurableTraining(Trainer):
         expect(resume_file, resume, optimizer=dict)
         expect(resume_file, resume["optimizer"], state=dict, param_groups=list)
         expect(resume_file, resume["timings"], **dict.fromkeys(asdict(Timings()), list))
+        for name in asdict(Timings()):
+            for number in resume["timings"][name]:
+                expect(resume_file, {name: number}, **{name: (int, float)})
         if state["config"].get("learner") != self.learner:
             raise UserError(
                 f"{resume_file} was trained with learner {state['config'].get('learner')}, whose state {self.learner} "

@@ -119,6 +119,8 @@ STATES = {
     "another loader": lambda s: s["resume"].update(loader=torch.zeros(7, dtype=torch.uint8)),
     "an epoch that is a word": lambda s: s["resume"].update(epoch="one"),
     "other timings": lambda s: s["resume"].update(timings={"train_seconds": 3}),
+    "timings of words": lambda s: s["resume"]["timings"].update(train_seconds=["long"]),
+    "timings of several": lambda s: s["resume"]["timings"].update(train_targets=[(1, 2)]),
     "no best score": lambda s: s.pop("best_valid_score"),
     "a vocabulary that repeats": lambda s: s["vocabulary"].update(item_id="i1\ni1"),
     "a vocabulary of numbers": lambda s: s["vocabulary"].update(item_id=7),

@@ -207,7 +207,7 @@ class Common(Strict):
         results = [name if not _holds(name, TOP_METRICS) else f"{name}@{k}" for name in metrics for k in topk]
         if self.valid_metric.lower() not in map(str.lower, results):
             raise ValueError(
-                f"valid_metric {self.valid_metric} is not among the metrics {metrics} at topk {topk}: set "
+                f"valid_metric {self.valid_metric!r} is not among the metrics {metrics} at topk {topk}: set "
                 f"--valid_metric to one of {', '.join(dict.fromkeys(results))}."
             )
         if not self.valid_metric_bigger and not _holds(self.valid_metric.split("@")[0], SMALLER):

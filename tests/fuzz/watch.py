@@ -56,7 +56,7 @@ BAD = ("traceback", "crash", "hang", "code", "damage", "rows", "senseless", "ign
 def _hook(event: str, args: tuple) -> None:
     if not _folder:
         return
-    if event in FORBIDDEN and not (event == "pickle.find_class" and _from_this_machine()):
+    if event in FORBIDDEN and not (event in ("pickle.find_class", "socket.connect") and _from_this_machine()):
         SUSPICIOUS.append(f"{event} {args}"[:300])
     elif event in WRITING or (event == "open" and _writes(args)):
         with suppress(Exception):
@@ -67,7 +67,7 @@ def _hook(event: str, args: tuple) -> None:
 
 
 def _from_this_machine() -> bool:
-    """Whether a process of this very run (those of ``worker``), or numba's cache, has sent what is unpickled."""
+    """Whether it is between this run and its own processes (those of ``worker``), or of numba's cache."""
     frame = sys._getframe()
     while frame is not None and not any(part in frame.f_code.co_filename for part in ("multiprocessing", "numba/core")):
         frame = frame.f_back
