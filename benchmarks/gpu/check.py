@@ -14,7 +14,7 @@ from benchmarks.gpu.jobs import Lane, Row
 from benchmarks.gpu.subjects import PRECISIONS, built, chosen, wait, without_dropout
 from benchmarks.speed.contenders import Steps
 from recbole_ssm.config import properties_dir
-from recbole_ssm.doctor import MODELS, Need, needs, probe
+from recbole_ssm.doctor import MODELS, needs, probe
 from recbole_ssm.ops import self_check, self_check_child
 from recbole_ssm.ops.backend import BACKENDS, why_not
 from recbole_ssm.ops.cases import compared, true_results
@@ -70,11 +70,11 @@ def op_cases(about: Row) -> list[Row]:
     device = torch.device(about["device"])
     plain = [need for model in MODELS for need in _needs(model, {})]
     if about["quick"]:
-        plain = [need for need in _needs("STARRec", SMALL) if need.op in QUICK_OPS]
+        plain = [need for need in _needs("STARRec", SMALL) if need[0] in QUICK_OPS]
     wide = [] if about["quick"] else [need for size in WIDE for need in _needs("STARRec", {"hidden_size": size})]
     found = []
-    for op, sizes in dict.fromkeys(need[:2] for need in [*plain, *wide]):
-        forms = ["plain"] + (["filled", "states"] if (op, sizes) in {need[:2] for need in plain} else [])
+    for op, sizes in dict.fromkeys([*plain, *wide]):
+        forms = ["plain"] + (["filled", "states"] if (op, sizes) in plain else [])
         for backend in (b for b in BACKENDS[2:] if not why_not(op, b, probe(device))):
             for dtype in PRECISIONS:
                 for form in [*forms, *(["tf32"] if op in OF_PRODUCTS and dtype == "float32" else [])]:
@@ -85,9 +85,10 @@ def op_cases(about: Row) -> list[Row]:
     return found
 
 
-def _needs(model: str, settings: Row) -> list[Need]:
+def _needs(model: str, settings: Row) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
+    """Ops and sizes; each is checked in all dtypes, whichever a model calls it in."""
     file = properties_dir() / "model" / f"{model}.yaml"
-    return needs(model, yaml.safe_load(file.read_text(encoding="utf-8")) | settings)
+    return [need[:2] for need in needs(model, yaml.safe_load(file.read_text(encoding="utf-8")) | settings)]
 
 
 def check_op(about: Row, check: str, op: str, backend: str, dtype: str, form: str, sizes: dict[str, int]) -> Row:
