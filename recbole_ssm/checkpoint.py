@@ -98,6 +98,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
                 raise UserError(damaged)
             file.seek(0)
             with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
                 state = torch.load(file, map_location=device, weights_only=True)
         state = _decode(state)
     except UserError:
